@@ -1,0 +1,555 @@
+"""Run folders: where a scan and its repairs leave everything they found.
+
+One place knows the layout (schema version 1), for writing and for reading, so that scan, repair,
+report and dashboard cannot disagree about it. Files are written whole or not at all; a folder that
+is damaged, half written or newer than this version is reported in one clear line and never crashes
+a listing. Nothing here needs torch.
+
+    runs/<UTC>-<model>/            start_run, open_run, newest_run, list_runs -> Run
+        run.json  images.parquet  layers.parquet  verdict.json  maps/
+        repairs/<UTC>-<layer>/     Run.start_repair, Run.repairs -> RepairFolder
+            repair.json  history.parquet  images.parquet  maps/  weights.*  model.onnx  onnx.json
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from urllib.parse import quote
+
+import numpy as np
+
+from audit.errors import RunError
+from audit.files import read_json, write_arrays, write_bytes, write_json, write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "DamagedFolder",
+    "RepairFolder",
+    "Run",
+    "list_damaged_runs",
+    "list_runs",
+    "newest_run",
+    "open_repair",
+    "open_run",
+    "start_run",
+    "write_gallery",
+    "write_maps",
+]
+
+SCHEMA_VERSION = 1
+
+Columns = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+When = Literal["before", "after"]
+
+_STAMP = re.compile(r"\d{8}T\d{6}Z-")
+
+_TEXT, _INT, _REAL, _FLAG = "string", "int32", "float64", "bool"
+
+RUN_IMAGES = {
+    "path": _TEXT,
+    "label": _INT,
+    "label_name": _TEXT,
+    "predicted": _INT,
+    "predicted_name": _TEXT,
+    "right": _FLAG,
+    "p_true": _REAL,
+    "p_predicted": _REAL,
+    "ce": _REAL,
+    "case": "int8",
+    "map_mean": _REAL,
+    "map_peak_x": _REAL,
+    "map_peak_y": _REAL,
+    "split": _TEXT,
+    "sha256": _TEXT,
+}
+RUN_LAYERS = {
+    "index": _INT,
+    "name": _TEXT,
+    "alias": _TEXT,
+    "kind": _TEXT,
+    "shape": _TEXT,
+    "parameters": "int64",
+    "gradient_norm": _REAL,
+    "relative_gradient_norm": _REAL,
+    "gradient_snr": _REAL,
+    "map_mean_right": _REAL,
+    "map_mean_wrong": _REAL,
+    "map_auroc": _REAL,
+    "map_auroc_low": _REAL,
+    "map_auroc_high": _REAL,
+    "penalty": _REAL,
+    "trial_gain": _REAL,
+    "trial_gain_low": _REAL,
+    "trial_gain_high": _REAL,
+    "trial_step": _REAL,
+    "trial_gain_one_step": _REAL,
+    "trial_broken": _REAL,
+    "rank": _INT,
+}
+REPAIR_IMAGES = {
+    "path": _TEXT,
+    "label": _INT,
+    "label_name": _TEXT,
+    "split": _TEXT,
+    "predicted_before": _INT,
+    "predicted_before_name": _TEXT,
+    "right_before": _FLAG,
+    "p_true_before": _REAL,
+    "ce_before": _REAL,
+    "predicted_after": _INT,
+    "predicted_after_name": _TEXT,
+    "right_after": _FLAG,
+    "p_true_after": _REAL,
+    "ce_after": _REAL,
+    "predicted_control": _INT,
+    "right_control": _FLAG,
+    "ce_control": _REAL,
+    "ssim": _REAL,
+}
+REPAIR_HISTORY = {
+    "role": _TEXT,
+    "epoch": _INT,
+    "loss": _REAL,
+    "ce": _REAL,
+    "saliency_mean": _REAL,
+    "r1": _REAL,
+    "r2": _REAL,
+    "val_ce": _REAL,
+    "val_accuracy": _REAL,
+    "best": _FLAG,
+    "seconds": _REAL,
+}
+
+
+# --- finding and starting runs --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class DamagedFolder:
+    """A run or repair folder that cannot be read, and why in one line."""
+
+    path: Path
+    reason: str
+
+
+def start_run(root: Path, model_name: str, info: Mapping[str, Any] | None = None) -> Run:
+    """Return a new run under `root`, its `run.json` written with status `running`."""
+    return Run(_create_folder(root, model_name), _opening_record(info), write=True)
+
+
+def open_run(path: Path) -> Run:
+    """Return the run at `path`: a run folder, its `run.json`, or the newest in a folder of runs."""
+    path = path.parent if path.name == Run.record else path
+    if (path / Run.record).is_file() or _STAMP.match(path.name):
+        return Run(path, _read_record(path, Run.record))
+    return newest_run(path)
+
+
+def newest_run(root: Path = Path("runs"), *, status: str | None = None) -> Run:
+    """Return the newest readable run under `root`, of the given status where one is asked for.
+
+    Raises:
+        RunError: There is none, with the command that makes one.
+    """
+    runs = [run for run in list_runs(root) if status in (None, run.status)]
+    if runs:
+        return runs[0]
+    kind = f"{status} run" if status else "run"
+    damaged = list_damaged_runs(root)
+    seen = f" ({len(damaged)} damaged: {damaged[0].reason})" if damaged else ""
+    raise RunError(
+        f"no {kind} under {_shown(root)}{seen}; start with `audit scan MODEL --data DIR`"
+    )
+
+
+def list_runs(root: Path) -> list[Run]:
+    """Return every readable run under `root`, newest first; empty where there is none."""
+    return _survey(root, Run)[0]
+
+
+def list_damaged_runs(root: Path) -> list[DamagedFolder]:
+    """Return the folders under `root` that look like runs and cannot be read."""
+    return _survey(root, Run)[1]
+
+
+def open_repair(path: Path) -> RepairFolder:
+    """Return the repair at `path`, a folder inside a run's `repairs/`."""
+    return RepairFolder(path, _read_record(path, RepairFolder.record))
+
+
+# --- the two kinds of folder ----------------------------------------------------------------------
+
+
+class _Folder:
+    """A folder with one JSON record that says what it is and how far it came."""
+
+    record: str
+
+    def __init__(self, path: Path, info: dict[str, Any], *, write: bool = False) -> None:
+        self.path = path
+        self.info = info
+        if write:
+            write_json(self.path / self.record, self.info)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {self.status})"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def status(self) -> str:
+        return str(self.info.get("status", "unknown"))
+
+    @property
+    def created_utc(self) -> str:
+        return str(self.info.get("created_utc") or "")
+
+    def write_info(self, **updates: Any) -> None:
+        """Merge `updates` into the record and write it."""
+        self.info = {**self.info, **updates}
+        write_json(self.path / self.record, self.info)
+
+    def finish(self, **updates: Any) -> None:
+        """Write `updates` with status `complete` and the time."""
+        self.write_info(**updates, status="complete", finished_utc=_now())
+
+    def fail(self, reason: str) -> None:
+        """Write status `failed`, why, and the time."""
+        self.write_info(status="failed", failure=reason, finished_utc=_now())
+
+    @property
+    def gallery(self) -> dict[str, Any]:
+        """The index of the maps: `images`, `layers`, `methods`; empty lists where there is none."""
+        index = self.path / "maps" / "index.json"
+        empty: dict[str, Any] = {"images": [], "layers": [], "methods": []}
+        return {**empty, **read_json(index)} if index.is_file() else empty
+
+    def gallery_image(self, image_id: str) -> Path:
+        """Return where the picture of one gallery image lies, as the network saw it."""
+        return self.path / "maps" / "images" / f"{_file_name(image_id)}.png"
+
+    def has_maps(self, method: str, layer: str, when: When | None = None) -> bool:
+        return _maps_path(self.path / "maps", method, layer, when).is_file()
+
+    def _maps(self, method: str, layer: str, when: When | None) -> np.ndarray:
+        path = _maps_path(self.path / "maps", method, layer, when)
+        if not path.is_file():
+            held = ", ".join(map(str, self.gallery["layers"])) or "none"
+            raise RunError(f"no {method} maps of {layer} in {_shown(self.path)}; layers: {held}")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return np.asarray(arrays["maps"], dtype=np.float32)
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise _damaged(path, error) from error
+
+    def _table(self, name: str, schema: Mapping[str, str]) -> pd.DataFrame:
+        path = self.path / name
+        if not path.is_file():
+            raise RunError(f"{_shown(path)} is not there; the run is {self.status}")
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            raise _damaged(path, error) from error
+        missing = sorted(set(schema) - set(table.column_names))
+        if missing:
+            raise RunError(f"{_shown(path)} lacks the columns {', '.join(missing)}; scan again")
+        return table.to_pandas()
+
+
+F = TypeVar("F", bound=_Folder)
+
+
+class Run(_Folder):
+    """One scan: its record, tables, verdict, maps, and the repairs made from it."""
+
+    record = "run.json"
+
+    @cached_property
+    def verdict(self) -> dict[str, Any]:
+        return read_json(self.path / "verdict.json")
+
+    @cached_property
+    def images(self) -> pd.DataFrame:
+        return self._table("images.parquet", RUN_IMAGES)
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        return self._table("layers.parquet", RUN_LAYERS)
+
+    @property
+    def repairs(self) -> list[RepairFolder]:
+        """Every readable repair of this run, newest first."""
+        return _survey(self.path / "repairs", RepairFolder)[0]
+
+    @property
+    def damaged_repairs(self) -> list[DamagedFolder]:
+        return _survey(self.path / "repairs", RepairFolder)[1]
+
+    def maps(self, method: str, layer: str) -> np.ndarray:
+        """Return the gallery's maps of one layer, (N, h, w) float32 in [0, 1]."""
+        return self._maps(method, layer, None)
+
+    def write_images(self, rows: Columns) -> None:
+        """Write one row per image; columns of the schema that are not given become null."""
+        write_table(self.path / "images.parquet", _to_table(rows, RUN_IMAGES))
+        self.__dict__.pop("images", None)
+
+    def write_layers(self, rows: Columns) -> None:
+        """Write one row per layer; columns of the schema that are not given become null."""
+        write_table(self.path / "layers.parquet", _to_table(rows, RUN_LAYERS))
+        self.__dict__.pop("layers", None)
+
+    def write_verdict(self, verdict: Mapping[str, Any]) -> None:
+        write_json(self.path / "verdict.json", verdict)
+        self.__dict__.pop("verdict", None)
+
+    def write_gallery(self, index: Mapping[str, Any], images: Sequence[np.ndarray]) -> None:
+        write_gallery(self.path, index, images)
+
+    def write_maps(self, method: str, layer: str, maps: np.ndarray) -> None:
+        write_maps(self.path, method, layer, maps)
+
+    def start_repair(self, layer: str, info: Mapping[str, Any] | None = None) -> RepairFolder:
+        """Return a new repair of `layer`, its `repair.json` written with status `running`."""
+        record = {**_opening_record(info), "layer": layer}
+        return RepairFolder(_create_folder(self.path / "repairs", layer), record, write=True)
+
+
+class RepairFolder(_Folder):
+    """One repair: its record, history, held-out images, maps before and after, and its export."""
+
+    record = "repair.json"
+
+    @property
+    def run_path(self) -> Path:
+        return self.path.parent.parent
+
+    @property
+    def layer(self) -> str:
+        return str(self.info.get("layer", ""))
+
+    @property
+    def decision(self) -> str | None:
+        """`accepted`, `rejected`, or None while there is none."""
+        decision = self.info.get("decision")
+        return str(decision) if decision else None
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        return self._table("history.parquet", REPAIR_HISTORY)
+
+    @cached_property
+    def images(self) -> pd.DataFrame:
+        return self._table("images.parquet", REPAIR_IMAGES)
+
+    @property
+    def onnx(self) -> dict[str, Any] | None:
+        """The export's proof, or None where nothing was exported."""
+        path = self.path / "onnx.json"
+        return read_json(path) if path.is_file() else None
+
+    @property
+    def onnx_model(self) -> Path:
+        return self.path / "model.onnx"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights.safetensors"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "weights.toml"
+
+    def maps(self, method: str, layer: str, when: When) -> np.ndarray:
+        """Return the gallery's maps before or after the repair, (N, h, w) float32 in [0, 1]."""
+        return self._maps(method, layer, when)
+
+    def write_history(self, rows: Columns) -> None:
+        write_table(self.path / "history.parquet", _to_table(rows, REPAIR_HISTORY))
+        self.__dict__.pop("history", None)
+
+    def write_images(self, rows: Columns) -> None:
+        """Write one row per held-out image; columns that are not given become null."""
+        write_table(self.path / "images.parquet", _to_table(rows, REPAIR_IMAGES))
+        self.__dict__.pop("images", None)
+
+    def write_gallery(self, index: Mapping[str, Any], images: Sequence[np.ndarray]) -> None:
+        write_gallery(self.path, index, images)
+
+    def write_maps(self, method: str, layer: str, maps: np.ndarray, when: When) -> None:
+        write_maps(self.path, method, layer, maps, when)
+
+    def write_onnx(self, proof: Mapping[str, Any]) -> None:
+        write_json(self.path / "onnx.json", proof)
+
+
+# --- writing maps and tables ----------------------------------------------------------------------
+
+
+def write_gallery(folder: Path, index: Mapping[str, Any], images: Sequence[np.ndarray]) -> None:
+    """Write `maps/index.json` of a run or repair folder, and the picture of each image in it.
+
+    Args:
+        folder: The run or repair folder.
+        index: `images` (each with an `id`), `layers`, `methods`, `shown_layer`, `shown_method`.
+        images: HWC uint8, [0, 255], in the order of `index["images"]`.
+    """
+    entries = index["images"]
+    if len(entries) != len(images):
+        raise ValueError(f"gallery index names {len(entries)} images, {len(images)} were given")
+    from PIL import Image
+
+    for entry, pixels in zip(entries, images, strict=True):
+        encoded = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8)).save(encoded, format="PNG")
+        write_bytes(
+            folder / "maps" / "images" / f"{_file_name(entry['id'])}.png", encoded.getvalue()
+        )
+    # The index last: whoever finds it also finds every picture it names.
+    write_json(folder / "maps" / "index.json", index)
+
+
+def write_maps(
+    folder: Path, method: str, layer: str, maps: np.ndarray, when: When | None = None
+) -> None:
+    """Write the gallery's maps of one layer, (N, h, w) in [0, 1], as float16.
+
+    Args:
+        folder: The run or repair folder.
+        when: `before` or `after` inside a repair, None inside a run.
+    """
+    path = _maps_path(folder / "maps", method, layer, when)
+    write_arrays(path, maps=np.asarray(maps, dtype=np.float16))
+
+
+def _maps_path(root: Path, method: str, layer: str, when: When | None) -> Path:
+    suffix = f".{when}.npz" if when else ".npz"
+    return root / _file_name(method) / f"{_file_name(layer)}{suffix}"
+
+
+def _file_name(name: str) -> str:
+    """Return `name` percent-encoded: no separator or hidden name reaches the file system."""
+    encoded = quote(name, safe="")
+    return "%2E" + encoded[1:] if encoded.startswith(".") else encoded
+
+
+def _to_table(rows: Columns, schema: Mapping[str, str]) -> pa.Table:
+    """Return a table with every column of `schema`, typed, then whatever else was given."""
+    import pyarrow as pa
+
+    columns = _columns(rows)
+    lengths = {len(values) for values in columns.values()}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"columns of different lengths: { {k: len(v) for k, v in columns.items()} }"
+        )
+    length = lengths.pop() if lengths else 0
+    arrays = {}
+    for name, kind in schema.items():
+        values = columns.pop(name, [None] * length)
+        arrays[name] = pa.array(_plain(values), type=pa.type_for_alias(kind), from_pandas=True)
+    arrays |= {name: pa.array(_plain(values), from_pandas=True) for name, values in columns.items()}
+    return pa.table(arrays)
+
+
+def _columns(rows: Columns) -> dict[str, Any]:
+    if isinstance(rows, Mapping):
+        return dict(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _plain(values: Any) -> list[Any]:
+    """Return `values` as Python scalars; arrays and CPU tensors are accepted."""
+    return [
+        value.item() if hasattr(value, "item") else value
+        for value in (values.tolist() if hasattr(values, "tolist") else values)
+    ]
+
+
+# --- folders on disk ------------------------------------------------------------------------------
+
+
+def _survey(root: Path, kind: type[F]) -> tuple[list[F], list[DamagedFolder]]:
+    """Return the readable folders of one kind under `root`, newest first, and the damaged ones."""
+    readable: list[F] = []
+    damaged: list[DamagedFolder] = []
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if not path.is_dir() or not ((path / kind.record).exists() or _STAMP.match(path.name)):
+            continue
+        try:
+            readable.append(kind(path, _read_record(path, kind.record)))
+        except RunError as error:
+            damaged.append(DamagedFolder(path=path, reason=str(error)))
+    # The time in the record has microseconds; the stamp in the name has seconds.
+    readable.sort(key=lambda folder: (folder.created_utc, folder.name), reverse=True)
+    return readable, damaged
+
+
+def _read_record(path: Path, name: str) -> dict[str, Any]:
+    if not path.is_dir():
+        raise RunError(f"no run at {_shown(path)}; start with `audit scan MODEL --data DIR`")
+    if not (path / name).is_file():
+        raise RunError(f"{_shown(path)} has no {name}: never finished starting, or not a run")
+    record = read_json(path / name)
+    version = record.get("schema_version")
+    if not isinstance(version, int) or version < 1:
+        raise RunError(f"{_shown(path / name)} has schema version {version!r}, expected a number")
+    if version > SCHEMA_VERSION:
+        raise RunError(
+            f"{_shown(path)} was written by a newer layermend (schema version {version}, "
+            f"this one reads {SCHEMA_VERSION}); update layermend"
+        )
+    return record
+
+
+def _opening_record(info: Mapping[str, Any] | None) -> dict[str, Any]:
+    opening = {"schema_version": SCHEMA_VERSION, "status": "running", "created_utc": _now()}
+    return {**opening, "finished_utc": None, **(info or {})}
+
+
+def _create_folder(root: Path, name: str) -> Path:
+    """Return a new folder `<UTC>-<name>` under `root`; the second within a second ends in `-2`."""
+    root.mkdir(parents=True, exist_ok=True)
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "model"
+    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{safe}"
+    for attempt in range(1, 10_000):
+        path = root / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            os.mkdir(path)  # fails where it exists: two processes never share a folder
+        except FileExistsError:
+            continue
+        return path
+    raise RunError(f"no free folder name under {_shown(root)} for {stem}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _shown(path: Path) -> str:
+    """Return `path` as a user would type it: relative paths start with `./`."""
+    text = str(path)
+    return text if path.is_absolute() or text.startswith(".") else f"./{text}"
+
+
+def _damaged(path: Path, error: BaseException) -> RunError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return RunError(f"{_shown(path)} is damaged ({reason}); scan or repair again")
