@@ -14,7 +14,6 @@ a listing. Nothing here needs torch.
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -533,7 +532,7 @@ def _create_folder(root: Path, name: str) -> Path:
     for attempt in range(1, 10_000):
         path = root / (stem if attempt == 1 else f"{stem}-{attempt}")
         try:
-            os.mkdir(path)  # fails where it exists: two processes never share a folder
+            path.mkdir()  # fails where it exists: two processes never share a folder
         except FileExistsError:
             continue
         return path

@@ -1,0 +1,170 @@
+"""What the network looked at: a picture, its maps laid over it, and the words beneath.
+
+Maps are drawn in magma, a color map that keeps its order for every kind of color vision and in
+gray; where a map is zero the picture shows through. Cards are plain data for a template: text is
+never marked up here, so the template's escaping covers every name that came from a file.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from audit.errors import RunError
+from audit.runs import RepairFolder, Run
+from audit.wording import number, percent
+
+__all__ = ["Card", "Picture", "card", "color_scale", "layer_strip", "outcome", "overlay"]
+
+COLOR_MAP = "magma"
+Outcome = Literal["right", "wrong", "fixed", "broken", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One image as a data URI, and what it shows."""
+
+    title: str
+    uri: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One image of the gallery with its maps, ready for a template."""
+
+    name: str
+    outcome: Outcome
+    pictures: tuple[Picture, ...]
+    facts: tuple[tuple[str, str], ...]
+
+
+def overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Return the picture with a map laid over it, HWC uint8 of the picture's size.
+
+    Args:
+        pixels: The picture, HWC uint8, [0, 255].
+        heat: The map, (h, w) in [0, 1], any size; it is scaled up smoothly.
+    """
+    heat = np.clip(_resized(np.nan_to_num(heat), pixels.shape[:2]), 0, 1)
+    # Half gray, so that the colors of the map are not read as colors of the picture.
+    gray = pixels @ np.array([0.299, 0.587, 0.114])
+    muted = 0.5 * pixels + 0.5 * gray[..., None]
+    opacity = 0.8 * np.sqrt(heat)[..., None]
+    mixed = (1 - opacity) * muted + opacity * 255 * _colors(heat)
+    return np.asarray(np.rint(mixed), dtype=np.uint8)
+
+
+def outcome(entry: Mapping[str, Any]) -> Outcome:
+    """Return how the network fared on one image: `fixed` and `broken` only after a repair."""
+    before, after = entry.get("right"), entry.get("right_after")
+    if before is None:
+        return "unknown"
+    if after is None or bool(before) == bool(after):
+        return "right" if before else "wrong"
+    return "fixed" if after else "broken"
+
+
+def card(folder: Run | RepairFolder, place: int, method: str, layer: str) -> Card:
+    """Return one image of a gallery with its map, or its maps before and after a repair.
+
+    Args:
+        place: The image's position in the gallery's index.
+    """
+    entry = folder.gallery["images"][place]
+    pixels = _pixels(folder.gallery_image(str(entry["id"])))
+    pictures = [Picture(title="Image", uri=_data_uri(pixels))]
+    if isinstance(folder, RepairFolder):
+        for title, when in (("Before", "before"), ("After", "after")):
+            maps = folder.maps(method, layer, when)  # type: ignore[arg-type]
+            pictures.append(Picture(title=title, uri=_map_uri(pixels, maps, place)))
+    else:
+        maps = folder.maps(method, layer)
+        pictures.append(Picture(title="Map", uri=_map_uri(pixels, maps, place)))
+    return Card(
+        name=str(entry.get("path", entry["id"])),
+        outcome=outcome(entry),
+        pictures=tuple(pictures),
+        facts=tuple(_facts(entry)),
+    )
+
+
+def layer_strip(run: Run, place: int, method: str, layers: Iterable[str]) -> list[Picture]:
+    """Return one image's map in each layer that has maps, in the order given."""
+    entry = run.gallery["images"][place]
+    pixels = _pixels(run.gallery_image(str(entry["id"])))
+    return [
+        Picture(title=layer, uri=_map_uri(pixels, run.maps(method, layer), place))
+        for layer in layers
+        if run.has_maps(method, layer)
+    ]
+
+
+def color_scale(steps: int = 9) -> list[str]:
+    """Return the color map from 0 to 1 as CSS colors, for a legend."""
+    colors = np.rint(255 * _colors(np.linspace(0, 1, steps))).astype(int)
+    return ["#{:02x}{:02x}{:02x}".format(*color) for color in colors]
+
+
+# --- pieces ---------------------------------------------------------------------------------------
+
+
+def _facts(entry: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    yield "Label", str(entry.get("label_name", ""))
+    repaired = entry.get("predicted_after_name") is not None
+    yield ("Said before" if repaired else "Said"), str(entry.get("predicted_name", ""))
+    if repaired:
+        yield "Says after", str(entry["predicted_after_name"])
+    if entry.get("p_true") is not None:
+        yield "Chance of the label", percent(entry["p_true"])
+    if entry.get("ssim") is not None:
+        yield "Similarity of maps", number(entry["ssim"], 2)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise RunError(f"gallery picture {path.name} cannot be read: {error}") from error
+
+
+def _map_uri(pixels: np.ndarray, maps: np.ndarray, place: int) -> str:
+    if place >= len(maps):
+        raise RunError(f"the gallery has an image {place} and only {len(maps)} maps; scan again")
+    return _data_uri(overlay(pixels, maps[place]))
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, format="JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode('ascii')}"
+
+
+def _resized(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    from PIL import Image
+
+    picture = Image.fromarray(np.asarray(heat, dtype=np.float32))
+    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def _colors(values: np.ndarray) -> np.ndarray:
+    """Return the colors of values in [0, 1], RGB in [0, 1] along a new last axis."""
+    return np.asarray(_color_map()(values))[..., :3]
+
+
+@lru_cache(maxsize=1)
+def _color_map() -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps[COLOR_MAP]
