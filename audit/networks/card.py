@@ -122,7 +122,7 @@ class ModelCard:
 
 
 def check_class_names(names: object) -> tuple[str, ...]:
-    """Return the names as a tuple, or raise NetworkError: class names are unique, non-empty texts."""
+    """Return the names as a tuple; raises NetworkError unless they are unique, non-empty texts."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         _refuse("classes", names, "a list of names, one per output")
     for position, name in enumerate(names):
