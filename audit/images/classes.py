@@ -52,7 +52,7 @@ def match_classes(folders: Sequence[str], classes: Sequence[str]) -> dict[str, i
     return matched
 
 
-def plain(name: str) -> str:
+def _plain(name: str) -> str:
     """Return the name without what does not matter: case, separators, Unicode variants."""
     return re.sub(r"[\s_\-]+", "", unicodedata.normalize("NFKC", name).casefold())
 
@@ -68,13 +68,15 @@ def _tiers(classes: Sequence[str], synsets: Mapping[int, int]) -> list[_Tier]:
     if synsets:
         from audit.networks import imagenet
 
-        ids, names = imagenet.synset_ids(), imagenet.lemmas()
+        ids, names, lemmas = imagenet.synset_ids(), imagenet.names(), imagenet.lemmas()
         tiers.append((_synset_part, _index((o, ids[k]) for o, k in synsets.items())))
-        tiers.append((plain, _index((o, plain(classes[o])) for o in range(len(classes)))))
-        tiers.append((plain, _index((o, plain(names[k][0])) for o, k in synsets.items())))
-        tiers.append((plain, _index((o, plain(n)) for o, k in synsets.items() for n in names[k])))
+        tiers.append((_plain, _index((o, _plain(classes[o])) for o in range(len(classes)))))
+        tiers.append((_plain, _index((o, _plain(names[k])) for o, k in synsets.items())))
+        tiers.append(
+            (_plain, _index((o, _plain(n)) for o, k in synsets.items() for n in lemmas[k]))
+        )
     else:
-        tiers.append((plain, _index((o, plain(name)) for o, name in enumerate(classes))))
+        tiers.append((_plain, _index((o, _plain(name)) for o, name in enumerate(classes))))
     return tiers
 
 
@@ -106,14 +108,14 @@ def _imagenet_synsets(classes: Sequence[str]) -> dict[int, int]:
     from audit.networks import imagenet
 
     known = _index(
-        (k, plain(name))
+        (k, _plain(name))
         for k, names in enumerate(zip(imagenet.names(), imagenet.lemmas(), strict=True))
         for name in (names[0], *names[1])
     )
     known |= {synset: {k} for k, synset in enumerate(imagenet.synset_ids())}
     candidates = [
         known.get(_synset_part(name))
-        or set().union(*(known.get(plain(n), set()) for n in name.split(",")))
+        or set().union(*(known.get(_plain(n), set()) for n in name.split(",")))
         for name in classes
     ]
     if len(classes) == 1000 and sum(o in found for o, found in enumerate(candidates)) >= 900:
@@ -127,8 +129,8 @@ def _imagenet_synsets(classes: Sequence[str]) -> dict[int, int]:
 
 def _mismatch(unmatched: Sequence[str], folders: int, classes: Sequence[str]) -> str:
     first = unmatched[0]
-    close = difflib.get_close_matches(plain(first), {plain(name): None for name in classes}, n=3)
-    closest = [name for key in close for name in classes if plain(name) == key][:3]
+    close = difflib.get_close_matches(_plain(first), {_plain(name): None for name in classes}, n=3)
+    closest = [name for key in close for name in classes if _plain(name) == key][:3]
     hint = f" (closest to {_quoted([first])}: {_quoted(closest)})" if closest else ""
     return (
         f"{len(unmatched)} of {folders} class folders match no output of the model: "

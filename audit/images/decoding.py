@@ -9,6 +9,7 @@ Preprocessing equals torchvision's Resize and CenterCrop on PIL images.
 
 import errno
 import functools
+import hashlib
 import os
 import stat
 import warnings
@@ -31,9 +32,8 @@ __all__ = [
     "FORMATS",
     "MAX_PIXELS",
     "UnreadableImageError",
-    "check_header",
+    "content_hash",
     "decode",
-    "open_regular",
     "preprocess",
     "quiet_pillow",
 ]
@@ -68,7 +68,7 @@ def decode(path: Path) -> Image.Image:
     Raises:
         UnreadableImageError: Whatever is wrong with the file.
     """
-    with _one_line_reasons(), open_regular(path) as file:
+    with _one_line_reasons(), _open_regular(path) as file:
         image = _open_header(file)
         image.load()
         return _as_rgb(_upright(image))
@@ -102,26 +102,16 @@ def preprocess(image: Image.Image, preprocessing: "Preprocessing") -> np.ndarray
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (h, w, 3) -> (3, h, w)
 
 
-def check_header(file: BufferedReader) -> None:
-    """Raise UnreadableImageError unless the file begins like an image of acceptable size."""
-    with _one_line_reasons():
-        _open_header(file)
+def content_hash(path: Path) -> str:
+    """Return the SHA-256 of an image file; its header is checked, no pixel is decoded.
 
-
-@contextmanager
-def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """Open a non-empty regular file; nothing else, since opening a pipe or device may block."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableImageError(f"not a regular file but a {_kind(status.st_mode)}")
-        if status.st_size == 0:
-            raise UnreadableImageError("empty file (0 bytes)")
-        file = path.open("rb")
-    except OSError as error:
-        raise UnreadableImageError(_system_reason(error)) from error
-    with file:
-        yield file
+    Raises:
+        UnreadableImageError: If the file is no image, empty, too large or cannot be read.
+    """
+    with _one_line_reasons(), _open_regular(path) as file:
+        _open_header(file)  # first: a huge file that is no image is not read to its end
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -130,6 +120,18 @@ def quiet_pillow() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _open_regular(path: Path) -> Iterator[BufferedReader]:
+    """Open a non-empty regular file; nothing else, since opening a pipe or device may block."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableImageError(f"not a regular file but a {_kind(status.st_mode)}")
+    if status.st_size == 0:
+        raise UnreadableImageError("empty file (0 bytes)")
+    with path.open("rb") as file:
+        yield file
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from audit.errors import ImageError, UsageError
 from audit.images.classes import match_classes
-from audit.images.decoding import UnreadableImageError, check_header, open_regular, quiet_pillow
+from audit.images.decoding import UnreadableImageError, content_hash, quiet_pillow
 from audit.images.listing import files_below, list_required, safe_path
 from audit.images.records import SPLITS, ImageFolder, ImageRecord, SkippedFile, Split, one_line
 from audit.images.splits import choose_subset, complete_split, seeded_split
@@ -158,7 +158,8 @@ def _read_class(
     found = []
     for path in files_below(root, folder.path, skipped):
         try:
-            sha256 = _content_hash(root / path)
+            with quiet_pillow():
+                sha256 = content_hash(root / path)
         except UnreadableImageError as error:
             skipped.append(SkippedFile(path=path, reason=str(error)))
         else:
@@ -166,13 +167,6 @@ def _read_class(
         if progress is not None:
             progress(1)
     return found
-
-
-def _content_hash(path: Path) -> str:
-    with quiet_pillow(), open_regular(path) as file:
-        check_header(file)  # first: a huge file that is no image is not read to its end
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _without_duplicates(found: Sequence[_Found]) -> tuple[list[_Found], list[SkippedFile]]:

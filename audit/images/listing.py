@@ -1,5 +1,4 @@
-"""Which files lie below a class folder? Hidden files and what operating systems leave behind are
-passed over.
+"""Which files lie below a class folder? Hidden files and the litter of systems are passed over.
 
 Symbolic links are followed, a folder at most once per class folder, so links that form a loop end.
 Order depends on names alone. A name that is not valid UTF-8 cannot be written to a run folder and
@@ -78,12 +77,6 @@ def files_below(root: Path, folder: str, skipped: list[SkippedFile]) -> Iterator
                 waiting.append(path)
 
 
-def _is_text(name: str) -> bool:
-    """Return whether the name is Unicode throughout; undecodable bytes arrive as lone
-    surrogates."""
-    return name.isascii() or not any("\ud800" <= c <= "\udfff" for c in name)
-
-
 def safe_path(path: str) -> str:
     """Return the path fit for JSON and Parquet: undecodable bytes as backslash escapes."""
     return path if _is_text(path) else path.encode("utf-8", "backslashreplace").decode()
@@ -106,6 +99,11 @@ def list_required(root: Path) -> tuple[list[str], list[str]]:
         raise ImageError(
             f"folder {shown} cannot be listed: {error.strerror}; check its permissions"
         ) from error
+
+
+def _is_text(name: str) -> bool:
+    """Return whether the name is Unicode throughout; undecodable bytes arrive as surrogates."""
+    return name.isascii() or not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

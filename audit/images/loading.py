@@ -6,10 +6,10 @@ same however many workers there are. Pixels stay uint8: normalizing is the netwo
 """
 
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,9 +64,7 @@ def iterate_batches(
     """
     if not len(indices):
         return
-    images = _Images(
-        [(int(i), folder.root / folder.records[i].path) for i in indices], preprocessing
-    )
+    images = _Images(folder, [int(i) for i in indices], preprocessing)
     batches = -(-len(indices) // batch_size)
     loader = DataLoader(
         images,
@@ -74,6 +72,8 @@ def iterate_batches(
         num_workers=min(workers, batches, _processors()),
         pin_memory=pin_memory and torch.cuda.is_available(),
         collate_fn=images.collate,
+        worker_init_fn=_leave_interrupts_to_parent,
+        generator=torch.Generator(),  # its own: loading leaves the global random state alone
     )
     for pixels, positions, skipped in _in_order(loader):
         if on_skip is not None:
@@ -118,18 +118,24 @@ def load_pixels(
 class _Images(Dataset[_Loaded]):
     """Decodes and preprocesses in whatever process it was sent to."""
 
-    def __init__(self, images: list[tuple[int, Path]], preprocessing: "Preprocessing") -> None:
-        self.images = images
+    def __init__(
+        self, folder: ImageFolder, positions: list[int], preprocessing: "Preprocessing"
+    ) -> None:
+        # The paths alone: each worker process gets a copy.
+        self.root = folder.root
+        self.positions = positions
+        self.paths = [folder.records[position].path for position in positions]
         self.preprocessing = preprocessing
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.positions)
 
     def __getitem__(self, item: int) -> _Loaded:
-        position, path = self.images[item]
+        position = self.positions[item]
         try:
             with quiet_pillow():
-                return position, torch.from_numpy(preprocess(decode(path), self.preprocessing)), ""
+                image = decode(self.root / self.paths[item])
+                return position, torch.from_numpy(preprocess(image, self.preprocessing)), ""
         except UnreadableImageError as error:
             return position, None, str(error)
 
@@ -155,12 +161,16 @@ def _in_order(loader: "DataLoader[Any]") -> Iterator[_Collated]:
         except StopIteration:
             return
         except RuntimeError as error:
-            if "worker" not in str(error):
+            if "DataLoader worker" not in str(error):
                 raise
             raise ImageError(
                 "a worker process that loads images died, most likely for want of memory; "
                 "use fewer workers or smaller batches"
             ) from error
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _processors() -> int:
