@@ -118,7 +118,7 @@ def _report(error: BaseException) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # the help is the message
             say(message)
         else:
-            say(f"error: {' '.join(message.split())} (see {_program_name()} --help)")
+            say(f"error: {' '.join(message.split()).rstrip('.')} (see {_program_name()} --help)")
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
         place = f": {error.filename}" if error.filename else ""

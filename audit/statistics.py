@@ -158,7 +158,8 @@ def auroc(
         pairs = negatives.sum(axis=1) * wins.sum(axis=1)
         total = (wins * (below + negatives / 2)).sum(axis=1)
         area: Floats = np.full(len(drawn), _NAN)
-        return np.divide(total, pairs, out=area, where=pairs > 0)
+        np.divide(total, pairs, out=area, where=pairs > 0)
+        return area
 
     value = float(areas(np.arange(score.size)[None])[0])
     replicates = _bootstrap(areas, score.size, seed=seed, resamples=resamples)
@@ -177,8 +178,10 @@ def classification_metrics(
     """Return accuracy, macro precision and recall, cross entropy and recall per class, JSON-ready.
 
     Precision and recall are means over the classes that occur in the labels, in the sample as in
-    each resample; a class that is never predicted has precision 0. `per_class` lists the classes
-    that occur, each with the share of its images that are right (its recall).
+    each resample; a class that is never predicted has precision 0. With a handful of images per
+    class, resamples miss whole classes and these two intervals come out too narrow: trust the
+    accuracy's then. `per_class` lists the classes that occur, each with the share of its images
+    that are right (its recall).
 
     Args:
         labels: True classes as positions in `classes`, (n,).
@@ -246,10 +249,10 @@ def _macro_scores(
 
     value = scores(np.arange(label.size)[None])[0]
     replicates = _bootstrap(scores, label.size, columns, seed=seed, resamples=resamples)
-    return (
-        _percentile(float(value[0]), replicates[:, 0], 0.95),
-        _percentile(float(value[1]), replicates[:, 1], 0.95),
+    precision, recall = (
+        _percentile(float(value[column]), replicates[:, column], 0.95) for column in (0, 1)
     )
+    return _around_value(precision), _around_value(recall)
 
 
 def _bootstrap(
@@ -285,6 +288,12 @@ def _percentile(value: float, replicates: Floats, level: float) -> Interval:
     tail = (1 - level) / 2
     low, high = np.quantile(replicates, [tail, 1 - tail])
     return Interval(value=value, low=float(low), high=float(high))
+
+
+def _around_value(interval: Interval) -> Interval:
+    """Stretch an interval to its estimate, which resamples of tiny classes can all miss."""
+    low, high = min(interval.low, interval.value), max(interval.high, interval.value)
+    return Interval(value=interval.value, low=low, high=high)
 
 
 def _paired(before: ArrayLike, after: ArrayLike) -> tuple[Booleans, Booleans]:
