@@ -1,0 +1,101 @@
+"""What a repair is asked to do: its settings, checked once, and their form in repair.json.
+
+No torch here: the command line reads choices and defaults from this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from audit.errors import UsageError
+from repair.losses import LOSSES, Loss, Penalty, Scale
+
+Optimizer = Literal["sgd", "adamw"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+
+Saliency = Literal["gradcam"]
+SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
+
+_RENAMED = {"balance": "lambda", "learning_rate": "lr"}  # field -> name in repair.json and options
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig:
+    """The settings that decide the numbers of a repair.
+
+    Attributes:
+        loss: A name from `LOSSES`.
+        saliency: The method whose maps the loss penalizes.
+        scale: How cross entropy and saliency are kept in bounds, see `Penalty`.
+        balance: The lambda of Eq. 7.
+        r1: Whether R1 takes part.
+        r2: Whether R2 takes part.
+        learning_rate: Of the optimizer, constant.
+        epochs: Passes over the training images.
+        batch_size: Images per step.
+        optimizer: `sgd` (momentum 0.9) or `adamw`.
+        seed: Of the order of the images and of every bootstrap.
+        controls: Whether the loss is compared with plain cross entropy at equal compute.
+
+    Raises:
+        UsageError: A value outside its range; the message names the option.
+    """
+
+    loss: str = "trust"
+    saliency: Saliency = "gradcam"
+    scale: Scale = "bounded"
+    balance: float = 0.9
+    r1: bool = True
+    r2: bool = True
+    learning_rate: float = 0.01
+    epochs: int = 10
+    batch_size: int = 32
+    optimizer: Optimizer = "sgd"
+    seed: int = 0
+    controls: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("--loss", self.loss, tuple(LOSSES))
+        _check_choice("--saliency", self.saliency, SALIENCIES)
+        _check_choice("--optimizer", self.optimizer, OPTIMIZERS)
+        try:
+            self.penalty  # noqa: B018 - made for its checks
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if not 0 < self.learning_rate < float("inf"):
+            raise UsageError(f"--lr is {self.learning_rate:g}; expected a number above 0")
+        if self.epochs < 1:
+            raise UsageError(f"--epochs is {self.epochs}; expected at least 1")
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size is {self.batch_size}; expected at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise UsageError(f"--seed is {self.seed}; expected 0 to {2**31 - 1}")
+
+    @property
+    def penalty(self) -> Penalty:
+        return Penalty(balance=self.balance, scale=self.scale, r1=self.r1, r2=self.r2)
+
+    @property
+    def loss_function(self) -> Loss:
+        return LOSSES[self.loss]
+
+    @property
+    def has_control(self) -> bool:
+        """A repair by plain cross entropy is its own control."""
+        return self.controls and self.loss != "ce"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {_RENAMED.get(name, name): value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, recorded: Mapping[str, Any]) -> RepairConfig:
+        """Return the settings that `as_dict` recorded; entries of other kinds are left alone."""
+        names = {name: _RENAMED.get(name, name) for name in cls.__dataclass_fields__}
+        return cls(**{name: recorded[key] for name, key in names.items() if key in recorded})
+
+
+def _check_choice(option: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise UsageError(f"{option} is {given!r}; expected one of {', '.join(choices)}")

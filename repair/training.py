@@ -1,0 +1,344 @@
+"""Train one layer, and nothing else, on what crosses the cut before it.
+
+The layer's weight and bias are the only leaves; every other tensor enters the graph as a constant,
+in eval mode. After each epoch the validation cross entropy chooses the best weights so far (the
+untouched ones are the first candidate), a diverging run is rolled back to them, and a checkpoint is
+written: a run that was killed and resumed ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audit.errors import RunError
+from audit.files import replacing
+from audit.saliency import trainable_maps
+from repair.cache import CrossingTensors
+from repair.config import Optimizer, RepairConfig
+from repair.decision import Predictions
+from repair.losses import LOSSES, LossTerms, cross_entropy
+
+if TYPE_CHECKING:
+    from audit.networks import Split
+
+EVALUATION_BATCH = 256
+MOMENTUM = 0.9
+# A validation cross entropy beyond both is a wreck, not a detour: three times the start, and three
+# nats above it (the true classes' probabilities fell twentyfold).
+WRECKED_FACTOR = 3.0
+WRECKED_NATS = 3.0
+
+Row = dict[str, Any]  # of history.parquet
+
+_OPTIMIZERS: dict[Optimizer, Callable[[list[Tensor], float], torch.optim.Optimizer]] = {
+    "sgd": lambda leaves, rate: torch.optim.SGD(leaves, lr=rate, momentum=MOMENTUM),
+    "adamw": lambda leaves, rate: torch.optim.AdamW(leaves, lr=rate),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained layer and how it came about.
+
+    Attributes:
+        parameters: The best weights by validation cross entropy, by state entry.
+        history: One row per epoch, the start as epoch 0.
+        best_epoch: The epoch that `parameters` come from; 0 means untouched.
+        stopped: Why training ended early, None if it did not.
+        steps: Optimizer steps taken.
+        seconds: Time spent on training and validation.
+    """
+
+    parameters: dict[str, Tensor]
+    history: list[Row]
+    best_epoch: int
+    stopped: str | None
+    steps: int
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class _State:
+    """Everything that the next epoch depends on; what a checkpoint holds."""
+
+    epoch: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    stopped: str | None = None
+    best_epoch: int = 0
+    best_entropy: float = math.inf
+    history: list[Row] = field(default_factory=list)
+    leaves: dict[str, Tensor]
+    best: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+
+
+class _DivergedError(Exception):
+    """A loss or gradient that is not finite; says which."""
+
+
+def train_layer(
+    split: Split,
+    train: CrossingTensors,
+    validation: CrossingTensors,
+    config: RepairConfig,
+    *,
+    loss: str,
+    state_path: Path | None = None,
+    on_epoch: Callable[[Row], None] | None = None,
+) -> Trained:
+    """Return the split's layer trained by a loss; the network itself is not changed.
+
+    Args:
+        split: The network, cut at the layer.
+        train: Images to learn from.
+        validation: Images that choose the epoch.
+        config: Settings; `config.loss` is not read, so that a control differs in `loss` alone.
+        loss: A name from `LOSSES`.
+        state_path: Checkpoint, written after each epoch; where one lies already, training goes on
+            from it.
+        on_epoch: Called with the history row of each finished epoch.
+    """
+    state = _start(split, validation, config, loss)
+    if state_path is not None and state_path.is_file():
+        _restore(state, state_path)
+    with _deterministic_kernels():
+        while state.epoch < config.epochs and state.stopped is None:
+            started_s = time.perf_counter()
+            row = _one_epoch(state, split, train, validation, config, loss)
+            row["seconds"] = time.perf_counter() - started_s
+            state.seconds += row["seconds"]
+            state.history.append(row)
+            if state_path is not None:
+                _save(state, state_path)
+            if on_epoch is not None:
+                on_epoch(row)
+    history = [{**row, "best": row["epoch"] == state.best_epoch} for row in state.history]
+    return Trained(
+        parameters=state.best,
+        history=history,
+        best_epoch=state.best_epoch,
+        stopped=state.stopped,
+        steps=state.steps,
+        seconds=state.seconds,
+    )
+
+
+def predict(
+    split: Split, images: CrossingTensors, parameters: Mapping[str, Tensor] | None = None
+) -> tuple[Predictions, np.ndarray]:
+    """Return what the network says about images, and their positions in the folder's records.
+
+    Args:
+        parameters: The layer's values; its present ones when None.
+    """
+    chunks: list[tuple[Tensor, ...]] = []
+    with torch.no_grad():
+        for rows in _chunks(torch.arange(len(images)), EVALUATION_BATCH):
+            batch = images.batch(rows)
+            logits = split.suffix(batch.crossing, parameters)
+            nats = cross_entropy(logits.double(), batch.labels)
+            chunks.append(
+                (batch.labels.cpu(), logits.argmax(dim=1).cpu(), nats.cpu(), batch.positions)
+            )
+    if not chunks:
+        raise RunError("there is no image to judge the network on; scan more images")
+    labels, predicted, entropies, positions = (
+        np.asarray(torch.cat(parts)) for parts in zip(*chunks, strict=True)
+    )
+    predictions = Predictions(
+        labels=labels, predicted=predicted, p_true=np.exp(-entropies), cross_entropies=entropies
+    )
+    return predictions, positions
+
+
+def loss_terms(
+    split: Split,
+    crossing: tuple[Tensor, ...],
+    labels: Tensor,
+    parameters: Mapping[str, Tensor],
+    config: RepairConfig,
+    loss: str,
+) -> LossTerms:
+    """Return the loss of each image of a batch, differentiable in the parameters."""
+    chosen = LOSSES[loss]
+    if chosen.needs_maps:
+        maps, logits = trainable_maps(split, crossing, parameters, labels)
+        return chosen.terms(logits, maps, labels, config.penalty)
+    return chosen.terms(split.suffix(crossing, parameters), None, labels, config.penalty)
+
+
+def _start(split: Split, validation: CrossingTensors, config: RepairConfig, loss: str) -> _State:
+    leaves = {name: value.clone().requires_grad_() for name, value in split.parameters.items()}
+    state = _State(
+        leaves=leaves,
+        best=_copies(leaves),
+        optimizer=_OPTIMIZERS[config.optimizer](list(leaves.values()), config.learning_rate),
+    )
+    row = {"role": _role(config, loss), "epoch": 0, **_validate(state, split, validation)}
+    state.history.append(row)
+    state.best_entropy = row["val_ce"]
+    return state
+
+
+def _one_epoch(
+    state: _State,
+    split: Split,
+    train: CrossingTensors,
+    validation: CrossingTensors,
+    config: RepairConfig,
+    loss: str,
+) -> Row:
+    """Train through all images once, validate, and keep or roll back; return the history row."""
+    state.epoch += 1
+    row: Row = {"role": _role(config, loss), "epoch": state.epoch}
+    try:
+        row |= _learn(state, split, train, config, loss)
+        row |= _validate(state, split, validation)
+        _check_validation(row["val_ce"], state.history[0]["val_ce"])
+    except _DivergedError as diverged:
+        state.stopped = (
+            f"diverged in epoch {state.epoch}: {diverged}; "
+            f"rolled back to the weights of epoch {state.best_epoch}"
+        )
+        return row
+    if row["val_ce"] < state.best_entropy:
+        state.best_entropy, state.best_epoch = row["val_ce"], state.epoch
+        state.best = _copies(state.leaves)
+    return row
+
+
+def _learn(
+    state: _State, split: Split, train: CrossingTensors, config: RepairConfig, loss: str
+) -> Row:
+    leaves = list(state.leaves.values())
+    totals: dict[str, float] = {}
+    seen = 0
+    for rows in _batches(len(train), config, state.epoch):
+        batch = train.batch(rows)
+        if not len(batch.positions):
+            continue
+        terms = loss_terms(split, batch.crossing, batch.labels, state.leaves, config, loss)
+        mean = terms.loss.mean()
+        gradients = torch.autograd.grad(mean, leaves, allow_unused=True, materialize_grads=True)
+        _check_finite(mean, gradients, state.steps + 1)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        state.optimizer.step()
+        state.steps += 1
+        seen += len(batch.positions)
+        for name, value in _sums(terms).items():
+            totals[name] = totals.get(name, 0.0) + value
+    if not seen:
+        raise RunError("there is no image to learn from; scan more images, or add some by --train")
+    return {name: total / seen for name, total in totals.items()}
+
+
+def _batches(images: int, config: RepairConfig, epoch: int) -> list[Tensor]:
+    """Return the rows of each batch: an order that depends on seed and epoch alone."""
+    generator = torch.Generator().manual_seed(100_003 * config.seed + epoch)
+    return _chunks(torch.randperm(images, generator=generator), config.batch_size)
+
+
+def _chunks(rows: Tensor, size: int) -> list[Tensor]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _validate(state: _State, split: Split, validation: CrossingTensors) -> Row:
+    predictions, _ = predict(split, validation, state.leaves)
+    return {
+        "val_ce": float(predictions.cross_entropies.mean()),
+        "val_accuracy": float(predictions.right.mean()),
+    }
+
+
+def _sums(terms: LossTerms) -> dict[str, float]:
+    values = {
+        "loss": terms.loss,
+        "ce": terms.cross_entropy,
+        "saliency_mean": terms.saliency,
+        "r1": terms.r1,
+        "r2": terms.r2,
+    }
+    return {
+        name: float(value.detach().sum()) for name, value in values.items() if value is not None
+    }
+
+
+def _check_finite(loss: Tensor, gradients: tuple[Tensor, ...], step: int) -> None:
+    # One number for all of them, so that an accelerator is waited for once.
+    size = sum(gradient.detach().abs().sum() for gradient in gradients)
+    if not math.isfinite(float(loss.detach() + size)):
+        what = "gradient" if math.isfinite(float(loss.detach())) else "loss"
+        raise _DivergedError(f"the {what} of step {step} is not finite")
+
+
+def _check_validation(entropy: float, start: float) -> None:
+    limit = max(WRECKED_FACTOR * start, WRECKED_NATS + start)
+    if not entropy <= limit:  # also where it is not a number
+        raise _DivergedError(
+            f"the validation cross entropy went from {start:.3g} to {entropy:.3g} nats"
+        )
+
+
+def _role(config: RepairConfig, loss: str) -> str:
+    return "repair" if loss == config.loss else loss
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+# -------------------------------------------------------------------- checkpoints
+
+
+def _save(state: _State, path: Path) -> None:
+    document = {
+        "epoch": state.epoch,
+        "steps": state.steps,
+        "seconds": state.seconds,
+        "stopped": state.stopped,
+        "best_epoch": state.best_epoch,
+        "best_entropy": state.best_entropy,
+        "history": state.history,
+        "leaves": {name: value.detach() for name, value in state.leaves.items()},
+        "best": state.best,
+        "optimizer": state.optimizer.state_dict(),
+    }
+    with replacing(path) as temporary:
+        torch.save(document, temporary)
+
+
+def _restore(state: _State, path: Path) -> None:
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, leaf in state.leaves.items():
+                leaf.copy_(document["leaves"][name])
+                state.best[name].copy_(document["best"][name])
+        state.optimizer.load_state_dict(document["optimizer"])
+    except Exception as error:
+        raise RunError(
+            f"the checkpoint {path} is damaged; start the repair again without --resume"
+        ) from error
+    for name in ("epoch", "steps", "seconds", "stopped", "best_epoch", "best_entropy", "history"):
+        setattr(state, name, document[name])
+
+
+@contextmanager
+def _deterministic_kernels() -> Iterator[None]:
+    if not torch.cuda.is_available():
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        yield
