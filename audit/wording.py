@@ -51,7 +51,7 @@ class Figure:
 
 def percent(value: Any, digits: int = 1) -> str:
     """Return a share in [0, 1] as `93.8 %`."""
-    return NOT_THERE if _absent(value) else f"{100 * float(value):.{digits}f} %"
+    return NOT_THERE if _absent(value) else f"{_minus(100 * float(value), digits)} %"
 
 
 def points(value: Any, digits: int = 1) -> str:
@@ -66,7 +66,7 @@ def number(value: Any, digits: int = 3) -> str:
     value = float(value)
     if value and abs(value) < 10**-digits:
         return f"{value:.1e}"
-    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return _minus(value, digits)
 
 
 def count(value: Any, noun: str = "") -> str:
@@ -121,7 +121,7 @@ def span(interval: Document | None, kind: str = "percent") -> str:
         return f"{number(low)} to {number(high)}"
     if kind == "points":
         return f"{_signed(100 * low, 1)} to {_signed(100 * high, 1)}"
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
+    return f"{_minus(100 * low, 1)} to {_minus(100 * high, 1)} %"
 
 
 def layer_title(name: str, alias: str | None = None) -> str:
@@ -299,9 +299,15 @@ def _listed(values: Any) -> str:
     return ", ".join(map(str, values)) if values else NOT_THERE
 
 
+def _minus(value: float, digits: int) -> str:
+    """Return a number with a true minus sign, and none before a zero."""
+    sign = "\N{MINUS SIGN}" if round(value, digits) < 0 else ""
+    return f"{sign}{abs(value):,.{digits}f}"
+
+
 def _signed(value: float, digits: int) -> str:
-    sign = "\N{MINUS SIGN}" if round(value, digits) < 0 else "+"
-    return f"{sign}{abs(value):.{digits}f}"
+    text = _minus(value, digits)
+    return text if round(value, digits) < 0 else f"+{text}"
 
 
 def _absent(value: Any) -> bool:

@@ -1,0 +1,343 @@
+"""One run as one HTML file: to mail, to print, to keep beside the model.
+
+The file loads nothing from anywhere: styles are inline, pictures are data URIs, charts are markup.
+It shows what lies in the run folder and computes nothing of its own; parts that are missing or
+damaged are named at the top and left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from audit import __version__
+from audit.errors import RunError
+from audit.files import write_text
+from audit.gallery import Card, card
+from audit.rendering import ForestRow, forest, page
+from audit.runs import RepairFolder, Run
+from audit.wording import (
+    byte_size,
+    comparison_rows,
+    count,
+    decision_headline,
+    export_headline,
+    layer_title,
+    moment,
+    number,
+    percent,
+    proof_rows,
+    repair_figures,
+    scan_figures,
+    span,
+    verdict_headline,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["class_rows", "layer_rows", "profile_rows", "repair_tone", "write_report"]
+
+GALLERY_LIMIT = 12
+SKIPPED_LIMIT = 200
+COMPARISON_NUMBERS = (
+    "Accuracy",
+    "95 % interval",
+    "Cross entropy",
+    "Worst class",
+    "Difference",
+    "McNemar",
+)
+LAYER_NUMBERS = (
+    "Trial gain",
+    "95 % interval",
+    "Turned wrong",
+    "Gradient SNR",
+    "Relative gradient",
+    "Map AUROC",
+    "Penalty",
+)
+
+T = TypeVar("T")
+
+
+def write_report(run: Run, output: Path | None = None) -> Path:
+    """Write the report of a run and its newest decided repair; return where it lies.
+
+    Args:
+        output: The file to write; `report.html` in the run folder where none is given.
+    """
+    output = output or run.path / "report.html"
+    write_text(output, page("report.html", **_context(run)))
+    return output
+
+
+# --- rows that the dashboard shows too ------------------------------------------------------------
+
+
+def profile_rows(layers: pd.DataFrame, flagged: Iterable[str] = ()) -> list[ForestRow]:
+    """Return the trial gain of each layer with its interval, in depth order."""
+    chosen = set(flagged)
+    return forest(
+        {
+            "label": row["alias"] or row["name"],
+            "detail": row["name"] if row["alias"] not in (None, row["name"]) else "",
+            "value": percent(row["trial_gain"]),
+            "marks": [
+                (_interval(row, "trial_gain"), "bad" if row["name"] in chosen else "good", 0)
+            ],
+            "flagged": row["name"] in chosen,
+        }
+        for row in layers.sort_values("index").to_dict("records")
+    )
+
+
+def layer_rows(layers: pd.DataFrame) -> list[dict[str, str]]:
+    """Return every layer with its evidence as text, most likely at fault first."""
+    return [
+        {
+            "Layer": f"{count(row['rank'])}. {row['alias'] or row['name']}",
+            "What it is": f"{row['name']}, {row['kind']} {row['shape']}",
+            "Trial gain": percent(row["trial_gain"]),
+            "95 % interval": span(_interval(row, "trial_gain")),
+            "Turned wrong": percent(row["trial_broken"]),
+            "Gradient SNR": number(row["gradient_snr"]),
+            "Relative gradient": number(row["relative_gradient_norm"]),
+            "Map AUROC": number(row["map_auroc"], 2),
+            "Penalty": number(row["penalty"]),
+        }
+        for row in layers.sort_values("rank").to_dict("records")
+    ]
+
+
+def class_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ForestRow]:
+    """Return the accuracy of each class before and after, the lowest before first."""
+    later = {row["name"]: row for row in after.get("per_class") or []}
+    first = sorted(before.get("per_class") or [], key=lambda row: row["value"] or 0)
+    return forest(
+        {
+            "label": row["name"],
+            "detail": count(row["n"], "images"),
+            "value": f"{percent(row['value'], 0)} \N{RIGHTWARDS ARROW} "
+            f"{percent((later.get(row['name']) or {}).get('value'), 0)}",
+            "marks": [(row, "bad", True), (later.get(row["name"]), "good", False)],
+        }
+        for row in first
+    )
+
+
+def repair_tone(repair: RepairFolder) -> str:
+    """Return how a repair's banner is colored."""
+    decided = {"accepted": "good", "rejected": "bad"}.get(repair.decision or "", "open")
+    return "bad" if repair.status == "failed" else decided
+
+
+# --- what the template is given -------------------------------------------------------------------
+
+
+def _context(run: Run) -> dict[str, Any]:
+    notices = _status_notices(run)
+
+    def attempt(read: Callable[[], T], otherwise: T) -> T:
+        try:
+            return read()
+        except RunError as error:
+            notices.append(str(error))
+            return otherwise
+
+    verdict: dict[str, Any] = attempt(lambda: run.verdict, {})
+    table = attempt(lambda: run.layers, None)
+    flagged = [str(name) for name in verdict.get("layers") or []]
+    aliases = dict(zip(table["name"], table["alias"], strict=True)) if table is not None else {}
+    repairs = run.repairs
+    chosen = next((one for one in repairs if one.decision), repairs[0] if repairs else None)
+    source = _gallery_source(run, chosen)
+    no_cards: list[Card] = []
+    model = run.info.get("model") or {}
+    return {
+        "layermend": __version__,
+        "title": f"{model.get('source', run.name)}: layermend report",
+        "folder": run.name,
+        "eyebrow": f"{model.get('source', run.name)}, scanned {moment(run.created_utc)}",
+        "headline": verdict_headline(verdict, aliases),
+        "reasons": _strings(verdict.get("reasons")),
+        "scan": scan_figures(run.info) if run.info.get("metrics") else [],
+        "profile": profile_rows(table, flagged) if table is not None else [],
+        "layers": layer_rows(table) if table is not None else [],
+        "layer_numbers": LAYER_NUMBERS,
+        "flagged_rows": _flagged_places(table, flagged) if table is not None else [],
+        "repair": _repair(chosen) if chosen else None,
+        "comparison_numbers": COMPARISON_NUMBERS,
+        "cards": attempt(lambda: _cards(source), no_cards),
+        "cards_caption": _cards_caption(source),
+        "export": attempt(lambda: _export(chosen), None) if chosen else None,
+        "earlier": [_short(one) for one in repairs if one is not chosen],
+        "appendix": _appendix(run, chosen),
+        "skipped": _skipped(run.info),
+        # Last, when every reader above had its say.
+        "notices": notices + [found.reason for found in run.damaged_repairs],
+    }
+
+
+def _status_notices(run: Run) -> list[str]:
+    if run.status == "running":
+        return ["This scan has not finished; what follows is what it has written so far."]
+    if run.status == "failed":
+        return [f"This scan failed: {run.info.get('failure') or 'no reason was recorded'}."]
+    return []
+
+
+def _gallery_source(run: Run, repair: RepairFolder | None) -> Run | RepairFolder:
+    if repair is None:
+        return run
+    try:
+        return repair if repair.gallery["images"] else run
+    except RunError:  # reported when its cards are read
+        return repair
+
+
+def _repair(repair: RepairFolder) -> dict[str, Any]:
+    info = repair.info
+    finished = bool(info.get("after"))
+    penalty = info.get("penalty") or {}
+    return {
+        "title": layer_title(repair.layer, info.get("alias")),
+        "when": f"Started {moment(repair.created_utc)}",
+        "images": count((info.get("after") or {}).get("n"), "images"),
+        "tone": repair_tone(repair),
+        "headline": decision_headline(info),
+        "reasons": _strings(info.get("reasons")),
+        "figures": repair_figures(info) if finished else [],
+        "penalty": penalty.get("sentence", ""),
+        "comparison": comparison_rows(info) if finished else [],
+        "classes": class_rows(info.get("before") or {}, info.get("after") or {}),
+        "facts": repair_facts(info),
+    }
+
+
+def repair_facts(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a repair trained, what it left alone, and what it cost."""
+    frozen, cache = info.get("frozen") or {}, info.get("cache") or {}
+    config = info.get("config") or {}
+    facts = []
+    if frozen:
+        facts.append(("Changed tensors", ", ".join(_strings(frozen.get("changed"))) or "none"))
+        same = f"{count(frozen.get('identical'))} of {count(frozen.get('tensors'))} bit-identical"
+        facts.append(("All tensors", same))
+    if cache:
+        held = f"{cache.get('kind')}, {byte_size(cache.get('bytes'))}"
+        facts.append(("Frozen prefix", held))
+    if config:
+        facts.append(("Settings", _settings(config)))
+    if info.get("timings_s"):
+        facts.append(("Time", _timings(info["timings_s"])))
+    if info.get("peak_memory_mib") is not None:
+        facts.append(("Peak memory", f"{number(info['peak_memory_mib'], 0)} MiB"))
+    return facts
+
+
+def _cards(folder: Run | RepairFolder) -> list[Card]:
+    index = folder.gallery
+    layer, method = index.get("shown_layer"), index.get("shown_method")
+    if not layer or not method:
+        return []
+    places = range(len(index["images"]))
+    # What a reader looks for first: images that changed sides, then wrong ones.
+    rank = {"broken": 0, "fixed": 1, "wrong": 2, "right": 3, "unknown": 4}
+    cards = [card(folder, place, method, layer) for place in places]
+    return sorted(cards, key=lambda one: rank[one.outcome])[:GALLERY_LIMIT]
+
+
+def _cards_caption(folder: Run | RepairFolder) -> str:
+    try:
+        index = folder.gallery
+    except RunError:
+        return ""
+    which = "before and after the repair" if isinstance(folder, RepairFolder) else "in this layer"
+    return (
+        f"{index.get('shown_method', '')} maps of {index.get('shown_layer', '')} for the true "
+        f"class, {which}; up to {GALLERY_LIMIT} of {count(len(index['images']), 'images')}."
+    )
+
+
+def _export(repair: RepairFolder) -> dict[str, Any]:
+    proof = repair.onnx
+    passed = proof is not None and proof.get("status") == "passed"
+    return {
+        "tone": "good" if passed else "open" if proof is None else "bad",
+        "headline": export_headline(proof),
+        "reasons": _strings((proof or {}).get("reasons")),
+        "rows": proof_rows(proof) if proof else [],
+    }
+
+
+def _short(repair: RepairFolder) -> dict[str, str]:
+    return {
+        "Started": moment(repair.created_utc),
+        "Layer": layer_title(repair.layer, repair.info.get("alias")),
+        "Outcome": decision_headline(repair.info),
+    }
+
+
+def _appendix(run: Run, repair: RepairFolder | None) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+    info, sections = run.info, []
+    model, data = info.get("model") or {}, info.get("data") or {}
+    if model:
+        facts = [(name, _plain(model.get(name))) for name in ("source", "arch", "sha256")]
+        facts.append(("parameters", count(model.get("parameters"))))
+        facts.append(("preprocessing", _plain(model.get("preprocessing"))))
+        sections.append(("Network", facts))
+    if data:
+        names = ("root", "images", "splits", "split_source", "duplicates", "fingerprint")
+        sections.append(("Images", [(name, _plain(data.get(name))) for name in names]))
+    scan = [("command", " ".join(_strings(info.get("command"))))]
+    scan += [
+        ("configuration", _settings(info.get("config") or {})),
+        ("seed", _plain(info.get("seed"))),
+    ]
+    scan += [("device", _settings(info.get("device") or {}))]
+    scan += [("time", _timings(info.get("timings_s") or {}))]
+    scan += [("versions", _settings(info.get("versions") or {}))]
+    sections.append(("Scan", scan))
+    if repair:
+        command = " ".join(_strings(repair.info.get("command")))
+        versions = _settings(repair.info.get("versions") or {})
+        sections.append(("Repair", [("command", command), ("versions", versions)]))
+    return sections
+
+
+def _skipped(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    files = (info.get("data") or {}).get("skipped_files") or []
+    rows = [(str(one.get("path")), str(one.get("reason"))) for one in files[:SKIPPED_LIMIT]]
+    if len(files) > SKIPPED_LIMIT:
+        rows.append(("\N{HORIZONTAL ELLIPSIS}", f"and {count(len(files) - SKIPPED_LIMIT)} more"))
+    return rows
+
+
+def _flagged_places(layers: pd.DataFrame, flagged: list[str]) -> list[int]:
+    ranked = layers.sort_values("rank")["name"].tolist()
+    return [place for place, name in enumerate(ranked) if name in flagged]
+
+
+def _interval(row: Mapping[str, Any], name: str) -> dict[str, float]:
+    return {"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_plain(value)}" for name, value in values.items()) or "n/a"
+
+
+def _timings(timings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {number(value, 1)} s" for name, value in timings.items()) or "n/a"
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "n/a"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _strings(values: Any) -> list[str]:
+    return [str(value) for value in values or []]
