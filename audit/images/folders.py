@@ -216,6 +216,4 @@ def _nothing_usable(root: Path, skipped: Sequence[SkippedFile]) -> str:
     if not skipped:
         return f"{text}: they are empty; put images into them"
     first = skipped[0]
-    return (
-        f"{text}: {len(skipped)} files were skipped, such as {one_line(first.path)}: {first.reason}"
-    )
+    return f"{text}: {len(skipped)} skipped, such as {one_line(first.path)}: {first.reason}"
