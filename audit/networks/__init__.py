@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from audit.networks.card import ModelCard, Preprocessing, find_card, read_card, write_card
 
 if TYPE_CHECKING:
+    from audit.networks.layers import Layer
     from audit.networks.network import Network
     from audit.networks.opening import open_network
-    from audit.networks.program import Layer, Program, Split
+    from audit.networks.program import Program, Split
 
 __all__ = [
     "Layer",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Layer": "program",
+    "Layer": "layers",
     "Network": "network",
     "Program": "program",
     "Split": "program",

@@ -227,15 +227,13 @@ def _timm() -> ModuleType:
             "timm models need the package timm, which is not installed; "
             "run: pip install 'layermend[timm]'"
         ) from error
-    return cast(ModuleType, timm)
+    return timm
 
 
 def _timm_preprocessing(config: Any) -> Preprocessing:
     if config is None:
         return _PLAIN
     _, height, width = config.input_size
-    if config.fixed_input_size is False and getattr(config, "test_input_size", None):
-        _, height, width = config.input_size
     return Preprocessing(
         input_size=(height, width),
         mean=tuple(config.mean),

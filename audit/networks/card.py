@@ -30,7 +30,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from audit.errors import NetworkError
 from audit.files import write_text
@@ -63,27 +63,22 @@ class Preprocessing:
     crop: float
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "mean", "std"):
-            value = getattr(self, name)
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
-        _check_numbers("input_size", self.input_size, 2, "two whole numbers, height and width")
-        for side in self.input_size:
-            if not isinstance(side, int) or not 1 <= side <= _LARGEST_SIDE:
-                _refuse(
-                    "input_size", self.input_size, f"height and width from 1 to {_LARGEST_SIDE}"
-                )
-        _check_numbers("mean", self.mean, 3, "three numbers, one per RGB channel, on a 0-1 scale")
-        _check_numbers("std", self.std, 3, "three numbers above 0, one per RGB channel")
-        if min(self.std) <= 0:
-            _refuse("std", self.std, "three numbers above 0, one per RGB channel")
-        if self.interpolation not in INTERPOLATIONS:
-            _refuse("interpolation", self.interpolation, "one of " + ", ".join(INTERPOLATIONS))
-        _check_numbers("crop", (self.crop,), 1, "a number above 0 and at most 1")
-        if not 0 < self.crop <= 1:
-            _refuse("crop", self.crop, "a number above 0 and at most 1")
-        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
-        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        # What a file holds may have any type, whatever the annotations say.
+        given: dict[str, Any] = dict(vars(self))
+        size = _numbers("input_size", given, 2, "two whole numbers, height and width")
+        if not all(isinstance(side, int) and 1 <= side <= _LARGEST_SIDE for side in size):
+            _refuse("input_size", size, f"height and width, whole numbers up to {_LARGEST_SIDE}")
+        mean = _numbers("mean", given, 3, "three numbers, one per RGB channel, on a 0-1 scale")
+        std = _numbers("std", given, 3, "three numbers above 0, one per RGB channel")
+        if min(std) <= 0:
+            _refuse("std", std, "three numbers above 0, one per RGB channel")
+        if given["interpolation"] not in INTERPOLATIONS:
+            _refuse("interpolation", given["interpolation"], "one of " + ", ".join(INTERPOLATIONS))
+        if not _is_number(given["crop"]) or not 0 < given["crop"] <= 1:
+            _refuse("crop", given["crop"], "a number above 0 and at most 1")
+        object.__setattr__(self, "input_size", size)
+        object.__setattr__(self, "mean", tuple(float(value) for value in mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in std))
         object.__setattr__(self, "crop", float(self.crop))
 
 
@@ -104,24 +99,25 @@ class ModelCard:
     provenance: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.arch is not None and not (isinstance(self.arch, str) and self.arch.strip()):
-            _refuse("arch", self.arch, "a name such as 'torchvision:vgg16' or 'timm:resnet18'")
-        if not isinstance(self.arch_args, Mapping):
-            _refuse("arch_args", self.arch_args, "a table of names and values")
-        plain = {key: _plain(f"arch_args.{key}", value) for key, value in self.arch_args.items()}
-        object.__setattr__(self, "arch_args", plain)
-        object.__setattr__(self, "classes", check_class_names(self.classes))
-        if not isinstance(self.preprocessing, Preprocessing):
-            _refuse("preprocessing", self.preprocessing, "a table of preprocessing settings")
-        if not isinstance(self.provenance, Mapping):
-            _refuse("provenance", self.provenance, "a table of names and texts")
-        for key, value in self.provenance.items():
-            if not isinstance(value, str):
+        # What a file holds may have any type, whatever the annotations say.
+        given: dict[str, Any] = dict(vars(self))
+        arch = given["arch"]
+        if arch is not None and not (isinstance(arch, str) and arch.strip()):
+            _refuse("arch", arch, "a name such as 'torchvision:vgg16' or 'timm:resnet18'")
+        for name in ("arch_args", "provenance"):
+            if not isinstance(given[name], Mapping):
+                _refuse(name, given[name], "a table of names and values")
+        for key, value in given["provenance"].items():
+            if not isinstance(key, str) or not isinstance(value, str):
                 _refuse(f"provenance.{key}", value, "a text in quotes")
+        if not isinstance(given["preprocessing"], Preprocessing):
+            _refuse("preprocessing", given["preprocessing"], "preprocessing settings")
+        object.__setattr__(self, "arch_args", _plain("arch_args", given["arch_args"]))
+        object.__setattr__(self, "classes", check_class_names(given["classes"]))
         object.__setattr__(self, "provenance", dict(self.provenance))
 
 
-def check_class_names(names: object) -> tuple[str, ...]:
+def check_class_names(names: Any) -> tuple[str, ...]:
     """Return the names as a tuple; raises NetworkError unless they are unique, non-empty texts."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         _refuse("classes", names, "a list of names, one per output")
@@ -207,10 +203,13 @@ def _check_keys(table: str, given: Mapping[str, Any], known: set[str]) -> None:
             raise NetworkError(f"unknown field {table + key!r}; {hint}")
 
 
-def _check_numbers(name: str, value: Any, count: int, expected: str) -> None:
-    numbers = isinstance(value, tuple) and len(value) == count
-    if not numbers or not all(_is_number(entry) for entry in value):
+def _numbers(name: str, given: Mapping[str, Any], count: int, expected: str) -> tuple[Any, ...]:
+    value = given[name]
+    if isinstance(value, list):
+        value = tuple(value)
+    if not isinstance(value, tuple) or len(value) != count or not all(map(_is_number, value)):
         _refuse(name, value, expected)
+    return value
 
 
 def _is_number(value: object) -> bool:
@@ -233,7 +232,7 @@ def _plain(name: str, value: Any) -> Any:
     _refuse(name, value, "a text, a finite number, true, false, a list or a table")
 
 
-def _refuse(name: str, given: object, expected: str) -> Any:
+def _refuse(name: str, given: object, expected: str) -> NoReturn:
     shown = repr(given)
     if len(shown) > 80:
         shown = shown[:77] + "..."

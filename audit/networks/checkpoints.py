@@ -66,6 +66,7 @@ def read_pickled(
         NetworkError: it is damaged, or holds neither a state dict nor a module.
     """
     _refuse_other_formats(path)
+    loaded: Any
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers of damaged files raise of every kind
@@ -77,9 +78,9 @@ def read_pickled(
     if isinstance(loaded, nn.Module):
         return loaded
     if trust_pickle and isinstance(loaded, Mapping):
-        modules = [loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), nn.Module)]
-        if modules:
-            return modules[0]
+        for value in (loaded.get(key) for key in WRAPPERS):
+            if isinstance(value, nn.Module):
+                return value
     return state_dict(loaded, path)
 
 
@@ -158,10 +159,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, arch
 
 
 def _refuse_other_formats(path: Path) -> None:
-    if path.stat().st_size == 0:
-        raise NetworkError(
-            f"{path} is an empty file; expected a saved model: save or copy it again"
-        )
     if not zipfile.is_zipfile(path):
         return
     try:

@@ -152,6 +152,8 @@ def _model_file(source: str) -> Path:
             f"{source} ends in {path.suffix or 'nothing'!r}; expected {', '.join(SUFFIXES)}, "
             "or a registry name such as torchvision:vgg16"
         )
+    if path.stat().st_size == 0:
+        raise NetworkError(f"{source} is an empty file; expected a model: save or copy it again")
     return path
 
 
@@ -192,8 +194,9 @@ def _from_state(
     arguments = dict(card.arch_args) if card is not None and same else {}
     module, arguments = _build_for(tensors, arch, arguments)
     load_into(module, tensors, path, arch)
+    registry, name = architectures.resolve(arch)
     settings = ModelCard(
-        arch=":".join(architectures.resolve(arch)),
+        arch=f"{registry}:{name}",
         arch_args=arguments,
         classes=card.classes if card is not None else (),
         preprocessing=(
@@ -202,7 +205,7 @@ def _from_state(
         provenance=card.provenance if card is not None else {"preprocessing": f"usual for {arch}"},
     )
     program = Program.capture(module, settings.preprocessing.input_size, device=device)
-    if not settings.classes and program.classes == 1000 and not settings.arch.startswith("layer"):
+    if not settings.classes and program.classes == 1000 and registry != "layermend":
         settings = replace(settings, classes=imagenet.names())
     return program, settings
 
