@@ -2,8 +2,9 @@
 
 The same test images are classified before, after, and by the control. A repair is accepted when it
 fixes significantly more images than it breaks (exact McNemar test), or lowers the cross entropy
-with an interval that excludes zero at no real cost in accuracy, and no class collapses. The penalty
-is judged by the same test against its control: plain cross entropy on the same layer.
+materially and with an interval that excludes zero, at no real cost in accuracy; and if no class
+collapses. The penalty is judged by the same tests against its control: plain cross entropy on the
+same layer.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from audit.statistics import (
 
 SIGNIFICANCE = 0.05
 TOLERATED_ACCURACY_LOSS = 0.01  # how low the interval may reach where cross entropy is the gain
+MATERIAL_SHARE = 0.01  # of the cross entropy; less is certain in a paired test, yet worth nothing
 COLLAPSE_DROP = 0.10  # of one class's accuracy; smaller drops are noise or a fair price
 COLLAPSE_SHARE = 0.5  # a class that keeps less than this share of its accuracy has collapsed
 COLLAPSE_IMAGES = 3  # ... if at least so many of its images were lost
@@ -67,11 +69,13 @@ class Difference:
         accuracy: Second minus first, paired bootstrap interval.
         cross_entropy: Second minus first in nats, paired bootstrap interval; negative is better.
         mcnemar: Images fixed and broken, and the exact two-sided p value.
+        material_nats: How much cross entropy counts as a difference at all.
     """
 
     accuracy: Interval
     cross_entropy: Interval
     mcnemar: McNemar
+    material_nats: float
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -105,6 +109,7 @@ def compare(first: Predictions, second: Predictions, *, seed: int) -> Difference
         accuracy=accuracy_difference(first.right, second.right, seed=seed),
         cross_entropy=bootstrap_mean(second.cross_entropies - first.cross_entropies, seed=seed),
         mcnemar=mcnemar(first.right, second.right),
+        material_nats=MATERIAL_SHARE * float(first.cross_entropies.mean()),
     )
 
 
@@ -167,7 +172,9 @@ def _improvement(difference: Difference) -> str | None:
             f"(McNemar {_p_text(test.p_value)})."
         )
     accuracy_kept = difference.accuracy.low > -TOLERATED_ACCURACY_LOSS
-    if difference.cross_entropy.high < 0 and accuracy_kept:
+    lowered = difference.cross_entropy.high < 0
+    material = -difference.cross_entropy.value >= difference.material_nats
+    if lowered and material and accuracy_kept:
         return (
             f"It lowered the held-out cross entropy by {-difference.cross_entropy.value:.3f} nats "
             "without a real loss of accuracy."
@@ -181,6 +188,11 @@ def _no_gain_sentence(difference: Difference) -> str:
     if test.p_value < SIGNIFICANCE and test.broken > test.fixed:
         return f"It did harm: it {counts} (McNemar {_p_text(test.p_value)})."
     if difference.cross_entropy.high < 0:
+        if -difference.cross_entropy.value < difference.material_nats:
+            return (
+                f"It changed next to nothing: it {counts}, and the cross entropy fell by less than "
+                f"{100 * MATERIAL_SHARE:.0f} %."
+            )
         lowest = 100 * difference.accuracy.low
         return (
             f"It lowered the cross entropy, but may have cost accuracy: {counts}, and the accuracy "
@@ -237,6 +249,7 @@ def _reversed(difference: Difference) -> Difference:
         accuracy=negated(difference.accuracy),
         cross_entropy=negated(difference.cross_entropy),
         mcnemar=McNemar(fixed=test.broken, broken=test.fixed, p_value=test.p_value),
+        material_nats=difference.material_nats,
     )
 
 

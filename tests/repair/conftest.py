@@ -112,50 +112,61 @@ def make_run(
 ) -> Callable[..., Run]:
     """Return a function that writes a complete run of the damaged network."""
 
-    def make(verdict: str = "localized", root: Path | None = None) -> Run:
-        run = start_run(
-            root or tmp_path / "runs",
-            "shapes",
-            {
-                "command": ["audit", "scan", str(model_file)],
-                "model": {
-                    "source": str(model_file),
-                    "arch": network.card.arch,
-                    "sha256": network.sha256,
-                    "classes": list(CLASSES),
-                },
-                "data": {
-                    "root": str(photos),
-                    "fingerprint": folder.fingerprint,
-                    "split_source": folder.split_source,
-                },
-                "seed": 0,
-            },
-        )
-        predictions = whole_network_predictions(network, folder, range(len(folder.records)))
-        run.write_images(
-            [
-                {
-                    "path": record.path,
-                    "label": record.label,
-                    "label_name": record.class_name,
-                    "predicted": int(predictions.predicted[i]),
-                    "predicted_name": CLASSES[predictions.predicted[i]],
-                    "right": bool(predictions.right[i]),
-                    "p_true": float(predictions.p_true[i]),
-                    "ce": float(predictions.cross_entropies[i]),
-                    "split": record.split,
-                    "sha256": record.sha256,
-                }
-                for i, record in enumerate(folder.records)
-            ]
-        )
-        layers = [DAMAGED] if verdict == "localized" else []
-        run.write_verdict({"verdict": verdict, "layers": layers, "reasons": []})
-        run.finish()
-        return run
+    def make(verdict: str = "localized") -> Run:
+        return write_run(tmp_path / "runs", photos, model_file, network, folder, verdict)
 
     return make
+
+
+def write_run(
+    root: Path,
+    photos: Path,
+    model_file: Path,
+    network: Network,
+    folder: ImageFolder,
+    verdict: str = "localized",
+) -> Run:
+    run = start_run(
+        root,
+        "shapes",
+        {
+            "command": ["audit", "scan", str(model_file)],
+            "model": {
+                "source": str(model_file),
+                "arch": network.card.arch,
+                "sha256": network.sha256,
+                "classes": list(CLASSES),
+            },
+            "data": {
+                "root": str(photos),
+                "fingerprint": folder.fingerprint,
+                "split_source": folder.split_source,
+            },
+            "seed": 0,
+        },
+    )
+    predictions = whole_network_predictions(network, folder, range(len(folder.records)))
+    run.write_images(
+        [
+            {
+                "path": record.path,
+                "label": record.label,
+                "label_name": record.class_name,
+                "predicted": int(predictions.predicted[i]),
+                "predicted_name": CLASSES[predictions.predicted[i]],
+                "right": bool(predictions.right[i]),
+                "p_true": float(predictions.p_true[i]),
+                "ce": float(predictions.cross_entropies[i]),
+                "split": record.split,
+                "sha256": record.sha256,
+            }
+            for i, record in enumerate(folder.records)
+        ]
+    )
+    layers = [DAMAGED] if verdict == "localized" else []
+    run.write_verdict({"verdict": verdict, "layers": layers, "reasons": []})
+    run.finish()
+    return run
 
 
 def whole_network_predictions(

@@ -59,6 +59,13 @@ def test_lower_cross_entropy_alone_is_accepted_when_accuracy_stays(labels: np.nd
     assert "lowered the held-out cross entropy" in decision.reasons[0]
 
 
+def test_a_certain_but_negligible_gain_is_no_gain(labels: np.ndarray) -> None:
+    right = np.ones(300, bool)
+    decision = decision_of(predictions(right, labels, 0.9), predictions(right, labels, 0.899))
+    assert decision.verdict == "rejected"
+    assert decision.reasons[0].startswith("It changed next to nothing")
+
+
 def test_lower_cross_entropy_does_not_buy_a_loss_of_accuracy(labels: np.ndarray) -> None:
     right = np.ones(300, bool)
     after = right.copy()

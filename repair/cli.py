@@ -1,0 +1,170 @@
+"""The `repair` command: parse, call the library, print.
+
+Choices come from `repair.losses` and `repair.config`; what needs torch is imported by the commands
+themselves, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from audit import console
+from repair.config import OPTIMIZERS, SALIENCIES, RepairConfig
+from repair.losses import LOSSES, SCALES
+
+if TYPE_CHECKING:
+    from audit.runs import Run
+
+app = typer.Typer(
+    help="Retrain one layer of a scanned network, prove what it did, and export the result.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+DEFAULTS = RepairConfig()
+
+RunOption = Annotated[
+    Path | None,
+    typer.Option("--run", help="Run folder; the newest under ./runs by default.", metavar="RUN"),
+]
+DataOption = Annotated[
+    Path | None, typer.Option(help="Where the run's images are now, if they have moved.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Where the run's model is now, if it has moved.", metavar="MODEL"),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-pickle", help="Let a pickled module run the code it carries.")
+]
+CodeOption = Annotated[
+    Path | None, typer.Option(help="Folder with the code of a pickled module.", metavar="DIR")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no table.")]
+
+
+def main() -> None:
+    console.run_app(app)
+
+
+@app.command("layer")
+def layer_command(
+    context: typer.Context,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Module path or alias; the flagged layer by default.", metavar="LAYER"),
+    ] = None,
+    run: RunOption = None,
+    train: Annotated[
+        Path | None,
+        typer.Option(help="Image folder that adds to the training images.", metavar="DIR"),
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(help="What to minimize.", metavar="|".join(LOSSES))
+    ] = DEFAULTS.loss,
+    saliency: Annotated[
+        str, typer.Option(help="Whose maps to penalize.", metavar="|".join(SALIENCIES))
+    ] = DEFAULTS.saliency,
+    scale: Annotated[
+        str, typer.Option(help="How the penalty is kept in bounds.", metavar="|".join(SCALES))
+    ] = DEFAULTS.scale,
+    no_r1: Annotated[bool, typer.Option("--no-r1", help="Leave out R1 = CE (1 - S).")] = False,
+    no_r2: Annotated[bool, typer.Option("--no-r2", help="Leave out R2 = S (1 - CE).")] = False,
+    balance: Annotated[
+        float, typer.Option("--lambda", help="The lambda of Eq. 7, 0 to 1.")
+    ] = DEFAULTS.balance,
+    learning_rate: Annotated[
+        float, typer.Option("--lr", help="Learning rate.")
+    ] = DEFAULTS.learning_rate,
+    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = DEFAULTS.epochs,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = DEFAULTS.batch_size,
+    optimizer: Annotated[
+        str, typer.Option(help="SGD with momentum 0.9, or AdamW.", metavar="|".join(OPTIMIZERS))
+    ] = DEFAULTS.optimizer,
+    seed: Annotated[int, typer.Option(help="Of the order of images.")] = DEFAULTS.seed,
+    device: Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest unfinished repair.")
+    ] = False,
+    no_controls: Annotated[
+        bool, typer.Option("--no-controls", help="Skip the plain cross entropy control.")
+    ] = False,
+    cache_gib: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory for what enters the layer; a quarter of the available by default.",
+            min=0,
+            metavar="GIB",
+        ),
+    ] = None,
+    data: DataOption = None,
+    model: ModelOption = None,
+    trust_pickle: TrustOption = False,
+    code: CodeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Retrain one layer, everything else frozen, and judge it on held-out images."""
+    settings: dict[str, Any] = {
+        "loss": loss,
+        "saliency": saliency,
+        "scale": scale,
+        "balance": balance,
+        "r1": not no_r1,
+        "r2": not no_r2,
+        "learning_rate": learning_rate,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "seed": seed,
+        "controls": not no_controls,
+    }
+    config = RepairConfig(**settings)
+
+    from repair.layer import RepairRequest, repair_layer
+    from repair.summary import repair_summary
+
+    request = RepairRequest(
+        layer=name,
+        train=train,
+        data=data,
+        model=model,
+        device=device,
+        cache_gib=cache_gib,
+        resume=resume,
+        stated=frozenset(_stated(context, settings)),
+        command=("repair", *sys.argv[1:]),
+        trust_pickle=trust_pickle,
+        code=code,
+    )
+    repair = repair_layer(_open_run(run), config, request)
+    if json:
+        _print_json(repair.info)
+    else:
+        console.stdout.print(repair_summary(repair))
+
+
+def _open_run(path: Path | None) -> Run:
+    from audit.runs import newest_run, open_run
+
+    return newest_run(status="complete") if path is None else open_run(path)
+
+
+def _stated(context: typer.Context, settings: dict[str, Any]) -> list[str]:
+    """Return the settings that stand on the command line itself."""
+    parameters = {"r1": "no_r1", "r2": "no_r2", "controls": "no_controls"}
+    found = []
+    for name in settings:
+        source = context.get_parameter_source(parameters.get(name, name))
+        if source is not None and source.name == "COMMANDLINE":
+            found.append(name)
+    return found
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    from audit.files import json_text
+
+    sys.stdout.write(json_text(document) + "\n")

@@ -1,0 +1,531 @@
+"""Repair one layer of a scanned network and prove what it did: `repair layer`.
+
+    open what the scan saw          network, images, splits (repair.sources)
+    compute the prefix once         what enters the layer, for every image (repair.cache)
+    train the layer                 by the loss; again by plain cross entropy (repair.training)
+    judge on the test split         never seen by training, nor by the choice of the epoch
+    write the repaired network      and check by hash that nothing but the layer changed
+
+Everything lands in a folder inside the run; a repair that was killed resumes there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from audit import console
+from audit.errors import RunError, UsageError
+from audit.files import replacing, sha256_file
+from audit.images import ImageFolder, SkippedFile, load_pixels
+from audit.networks import Layer, Network, Split, write_card
+from audit.networks.network import sha256_state
+from audit.runs import RepairFolder, Run
+from audit.statistics import bootstrap_mean
+from repair.cache import GIB, CacheKind, CrossingTensors, cross_tensors, default_budget_bytes
+from repair.config import RepairConfig
+from repair.decision import Predictions, compare, decide, judge_penalty
+from repair.environment import choose_device, device_record, peak_memory_mib, versions
+from repair.losses import LOSSES
+from repair.maps import choose_gallery, map_similarity, true_class_maps
+from repair.sources import (
+    Additions,
+    open_scanned_images,
+    open_scanned_network,
+    positions,
+    with_training_images,
+)
+from repair.training import Trained, predict, train_layer
+
+CONTROL = "ce"
+_SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairRequest:
+    """What to repair and with what at hand; the numbers are decided by `RepairConfig`.
+
+    Attributes:
+        layer: Module path or alias; the layer that the scan flagged when None.
+        train: Folder of further training images.
+        data: Where the run's images are, if they have moved.
+        model: Where the run's model is, if it has moved.
+        device: `auto`, `cpu` or `cuda`.
+        cache_gib: Memory for what crosses the cut; a quarter of what is available when None.
+        resume: Go on with the newest unfinished repair, by the settings it was started with.
+        stated: Settings (fields of `RepairConfig`) that must equal those of a resumed repair.
+        command: The command line, for the record.
+        trust_pickle: Let a pickled module run its code.
+        code: Folder with the code of a pickled module.
+    """
+
+    layer: str | None = None
+    train: Path | None = None
+    data: Path | None = None
+    model: str | None = None
+    device: str = "auto"
+    cache_gib: float | None = None
+    resume: bool = False
+    stated: frozenset[str] = frozenset()
+    command: tuple[str, ...] = ()
+    trust_pickle: bool = False
+    code: Path | None = None
+
+
+def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> RepairFolder:
+    """Return the finished repair of one layer of the run's network.
+
+    Raises:
+        LayermendError: The layer, the run, its model or its images cannot be used; what was begun
+            is marked as failed.
+    """
+    device = choose_device(request.device)
+    resumed = _unfinished(run, request) if request.resume else None
+    if resumed is not None:
+        config, request = _recorded_settings(resumed, config, request)
+    name = request.layer or flagged_layer(run)
+    network = open_scanned_network(
+        run,
+        model=request.model,
+        device=device,
+        trust_pickle=request.trust_pickle,
+        code=request.code,
+    )
+    layer = network.layer(name)
+    _check_has_maps(layer, config)
+    images = _Images.open(run, network, request, config)
+    repair = resumed or run.start_repair(
+        layer.name, _opening_record(network, layer, config, request, device)
+    )
+    try:
+        _Repair(repair, network, layer, config, request, images).finish()
+    except Exception as error:
+        repair.fail(f"{type(error).__name__}: {error}")
+        raise
+    return repair
+
+
+def flagged_layer(run: Run) -> str:
+    """Return the layer that the run's verdict puts first.
+
+    Raises:
+        RunError: It flags none.
+    """
+    layers = run.verdict.get("layers") or []
+    verdict = run.verdict.get("verdict")
+    if verdict == "none" or not layers:
+        raise RunError(
+            f"the scan found no layer at fault (verdict: {verdict}); to repair one all the same, "
+            "name it with --name LAYER"
+        )
+    return str(layers[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Images:
+    """The images of a repair and what became of those that it could not use."""
+
+    folder: ImageFolder
+    positions: dict[str, tuple[int, ...]]
+    changed: tuple[SkippedFile, ...]
+    additions: Additions | None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, run: Run, network: Network, request: RepairRequest, config: RepairConfig
+    ) -> _Images:
+        folder, changed = open_scanned_images(run, data=request.data)
+        additions = None
+        if request.train is not None:
+            folder, additions = with_training_images(
+                folder, request.train, network.card.classes, seed=config.seed
+            )
+        found = {split: positions(folder, split) for split in _SPLITS}  # type: ignore[arg-type]
+        return cls(folder=folder, positions=found, changed=changed, additions=additions)
+
+    def skip(self, position: int, reason: str) -> None:
+        self.skipped[self.folder.records[position].path] = reason
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "root": str(self.folder.root),
+            "changed": [vars(skip) for skip in self.changed],
+            "skipped": [{"path": path, "reason": why} for path, why in self.skipped.items()],
+            "added": self.additions.as_dict() if self.additions else None,
+        }
+
+
+class _Repair:
+    """One repair under way: its folder, and what the steps hand to each other."""
+
+    def __init__(
+        self,
+        repair: RepairFolder,
+        network: Network,
+        layer: Layer,
+        config: RepairConfig,
+        request: RepairRequest,
+        images: _Images,
+    ) -> None:
+        self.folder = repair
+        self.network = network
+        self.layer = layer
+        self.config = config
+        self.request = request
+        self.images = images
+        self.split: Split = network.program.split(layer.name)
+        self.timings_s: dict[str, float] = {}
+
+    def finish(self) -> None:
+        """Run every step and leave a complete repair behind."""
+        hashes = _hashes(self.network.program.state)
+        crossing = self._cross()
+        repaired = self._train(crossing, self.config.loss, "the repair")
+        control = None
+        if self.config.has_control:
+            control = self._train(crossing, CONTROL, "the control (plain cross entropy)")
+        with self._timed("judging"):
+            judged = self._judge(crossing["test"], repaired, control)
+        with self._timed("maps"):
+            similarity = self._write_maps(crossing["test"], judged, repaired)
+        frozen = self._write_network(repaired, hashes)
+        self._write_tables(judged, similarity, repaired, control)
+        self._write_record(judged, similarity, frozen, crossing, repaired, control)
+        for loss in LOSSES:
+            self._state_path(loss).unlink(missing_ok=True)
+
+    def _cross(self) -> dict[str, CrossingTensors]:
+        """Return what crosses the cut, by split; memory goes to the training images first."""
+        asked = self.request.cache_gib
+        budget = default_budget_bytes() if asked is None else int(asked * GIB)
+        earlier: Mapping[str, CacheKind] = self.folder.info.get("cache", {}).get("splits", {})
+        total = sum(map(len, self.images.positions.values()))
+        crossing: dict[str, CrossingTensors] = {}
+        with (
+            self._timed("cache"),
+            console.progress(f"computing what enters {self.layer.name}", total) as bar,
+        ):
+            for split in _SPLITS:
+                wanted = self.images.positions[split]
+                crossing[split] = cross_tensors(
+                    self.network,
+                    self.split,
+                    self.images.folder,
+                    wanted,
+                    budget_bytes=budget,
+                    kind=earlier.get(split),
+                    on_skip=self.images.skip,
+                    on_batch=bar.advance,
+                )
+                budget -= crossing[split].bytes
+                if crossing[split].kind == "recompute":
+                    bar.advance(len(wanted))
+        self.folder.write_info(cache=_cache_record(crossing))
+        if any(tensors.kind == "recompute" for tensors in crossing.values()):
+            console.say(
+                "not all of it fits the memory budget: some is computed again for each batch "
+                "(--cache-gib raises the budget)"
+            )
+        return crossing
+
+    def _train(self, crossing: Mapping[str, CrossingTensors], loss: str, what: str) -> Trained:
+        with console.progress(f"training {what}, epochs", self.config.epochs) as bar:
+            trained = train_layer(
+                self.split,
+                crossing["train"],
+                crossing["val"],
+                self.config,
+                loss=loss,
+                state_path=self._state_path(loss),
+                on_epoch=lambda row: bar.advance(),
+            )
+        if trained.stopped:
+            console.say(f"{what} {trained.stopped}")
+        self.timings_s["repair" if loss == self.config.loss else loss] = trained.seconds
+        return trained
+
+    def _judge(self, test: CrossingTensors, repaired: Trained, control: Trained | None) -> _Judged:
+        before, found = predict(self.split, test)
+        after, _ = predict(self.split, test, repaired.parameters)
+        other = predict(self.split, test, control.parameters)[0] if control else None
+        return _Judged(before=before, after=after, control=other, positions=found)
+
+    def _write_maps(
+        self, test: CrossingTensors, judged: _Judged, repaired: Trained
+    ) -> np.ndarray | None:
+        """Write the gallery; return the SSIM of each test image, None where there are no maps."""
+        if not self.layer.has_maps:
+            return None
+        before = true_class_maps(self.split, test)
+        after = true_class_maps(self.split, test, repaired.parameters)
+        similarity = map_similarity(before, after)
+        rows = choose_gallery(judged.before, judged.after)
+        shown = [int(judged.positions[row]) for row in rows]
+        pixels = load_pixels(self.images.folder, shown, self.network.card.preprocessing).pixels
+        entries = [
+            {"id": f"{number:04d}", **self._gallery_entry(judged, row), "ssim": similarity[row]}
+            for number, row in enumerate(rows)
+        ]
+        index = {
+            "images": entries,
+            "layers": [self.layer.name],
+            "methods": [self.config.saliency],
+            "shown_layer": self.layer.name,
+            "shown_method": self.config.saliency,
+        }
+        method, name = self.config.saliency, self.layer.name
+        self.folder.write_maps(method, name, before[rows].numpy(), "before")
+        self.folder.write_maps(method, name, after[rows].numpy(), "after")
+        self.folder.write_gallery(index, list(pixels.permute(0, 2, 3, 1).numpy()))
+        return similarity
+
+    def _gallery_entry(self, judged: _Judged, row: int) -> dict[str, Any]:
+        record = self.images.folder.records[int(judged.positions[row])]
+        classes = self.network.card.classes
+        return {
+            "path": record.path,
+            "label_name": record.class_name,
+            "predicted_name": classes[judged.before.predicted[row]],
+            "right": judged.before.right[row],
+            "split": record.split,
+            "p_true": judged.before.p_true[row],
+            "predicted_after_name": classes[judged.after.predicted[row]],
+            "right_after": judged.after.right[row],
+            "p_true_after": judged.after.p_true[row],
+        }
+
+    def _write_network(self, repaired: Trained, hashes: Mapping[str, str]) -> dict[str, Any]:
+        """Write the repaired network; return which tensors the file and the network share."""
+        network = self.network.with_state(repaired.parameters)
+        state = network.program.state
+        stored = [name for name in network.program.exported.state_dict if name in state]
+        with replacing(self.folder.weights) as temporary:
+            save_file({name: state[name].cpu().contiguous() for name in stored}, temporary)
+        provenance = {
+            **network.card.provenance,
+            "repaired_layer": self.layer.name,
+            "repaired_from": Path(self.network.source).name,
+            "repaired_from_sha256": self.network.sha256,
+        }
+        write_card(replace(network.card, provenance=provenance), self.folder.card)
+        # Judged by what lies on the disk; constants that no state dict holds, by the network.
+        now = _hashes({**state, **load_file(self.folder.weights)})
+        changed = [name for name, value in hashes.items() if now.get(name) != value]
+        others = [name for name in hashes if name not in self.split.parameter_names]
+        identical = [name for name in others if name not in changed]
+        return {"tensors": len(others), "identical": len(identical), "changed": changed}
+
+    def _write_tables(
+        self,
+        judged: _Judged,
+        similarity: np.ndarray | None,
+        repaired: Trained,
+        control: Trained | None,
+    ) -> None:
+        self.folder.write_history(repaired.history + (control.history if control else []))
+        records = [self.images.folder.records[int(place)] for place in judged.positions]
+        columns: dict[str, Any] = {
+            "path": [record.path for record in records],
+            "label": judged.before.labels,
+            "label_name": [record.class_name for record in records],
+            "split": [record.split for record in records],
+            **self._columns(judged.before, "before"),
+            **self._columns(judged.after, "after"),
+        }
+        if judged.control is not None:
+            columns |= self._columns(judged.control, "control")
+        if similarity is not None:
+            columns["ssim"] = similarity
+        self.folder.write_images(columns)
+
+    def _columns(self, predictions: Predictions, when: str) -> dict[str, Any]:
+        classes = self.network.card.classes
+        return {
+            f"predicted_{when}": predictions.predicted,
+            f"predicted_{when}_name": [classes[label] for label in predictions.predicted],
+            f"right_{when}": predictions.right,
+            f"p_true_{when}": predictions.p_true,
+            f"ce_{when}": predictions.cross_entropies,
+        }
+
+    def _write_record(
+        self,
+        judged: _Judged,
+        similarity: np.ndarray | None,
+        frozen: Mapping[str, Any],
+        crossing: Mapping[str, CrossingTensors],
+        repaired: Trained,
+        control: Trained | None,
+    ) -> None:
+        seed, classes = self.config.seed, self.network.card.classes
+        difference = compare(judged.before, judged.after, seed=seed)
+        decision = decide(judged.before, judged.after, difference, classes)
+        verdict, reasons = decision.verdict, list(decision.reasons)
+        if repaired.best_epoch == 0:
+            reasons.append(
+                "No epoch lowered the validation cross entropy, so the weights are the old ones."
+            )
+        if repaired.stopped:
+            reasons.append(f"Training {repaired.stopped}.")
+        if frozen["identical"] != frozen["tensors"]:
+            verdict = "rejected"
+            reasons.insert(0, "Tensors outside the layer changed, which must never happen.")
+        self.folder.finish(
+            model={
+                **self.folder.info["model"],
+                "sha256_after": sha256_file(self.folder.weights),
+            },
+            frozen=frozen,
+            cache=_cache_record(crossing),
+            data=self.images.as_dict(),
+            splits={name: len(tensors) for name, tensors in crossing.items()},
+            training=_training_record(repaired),
+            before=judged.before.metrics(classes, seed=seed),
+            after=judged.after.metrics(classes, seed=seed),
+            difference=difference.as_dict(),
+            controls=self._control_records(judged, control),
+            ssim=_ssim_record(similarity, seed),
+            decision=verdict,
+            reasons=reasons,
+            penalty=self._penalty_record(judged),
+            timings_s=self.timings_s,
+            peak_memory_mib=peak_memory_mib(),
+        )
+
+    def _control_records(self, judged: _Judged, control: Trained | None) -> list[dict[str, Any]]:
+        if control is None or judged.control is None:
+            return []
+        seed, classes = self.config.seed, self.network.card.classes
+        return [
+            {
+                "name": CONTROL,
+                "description": "plain cross entropy on the same layer: same images, order, steps "
+                "and learning rate",
+                "after": judged.control.metrics(classes, seed=seed),
+                "difference": compare(judged.before, judged.control, seed=seed).as_dict(),
+                "versus_repair": compare(judged.control, judged.after, seed=seed).as_dict(),
+                **_training_record(control),
+            }
+        ]
+
+    def _penalty_record(self, judged: _Judged) -> dict[str, Any]:
+        if not self.config.loss_function.needs_maps:
+            return {"earned": None, "sentence": "No penalty was used."}
+        if judged.control is None:
+            return {"earned": None, "sentence": "The penalty was not judged: no control was run."}
+        versus = compare(judged.control, judged.after, seed=self.config.seed)
+        judgement = judge_penalty(judged.after, judged.control, versus)
+        return {"earned": judgement.earned, "sentence": judgement.sentence}
+
+    def _state_path(self, loss: str) -> Path:
+        return self.folder.path / f"state-{loss}.pt"
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        started_s = time.perf_counter()
+        yield
+        self.timings_s[step] = time.perf_counter() - started_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """What the networks say about the test split, row by row, and where its images stand."""
+
+    before: Predictions
+    after: Predictions
+    control: Predictions | None
+    positions: np.ndarray
+
+
+def _unfinished(run: Run, request: RepairRequest) -> RepairFolder:
+    for repair in run.repairs:
+        names = (repair.layer, repair.info.get("alias"))
+        if repair.status != "complete" and request.layer in (None, *names):
+            return repair
+    which = f" of {request.layer}" if request.layer else ""
+    raise RunError(f"no unfinished repair{which} in {run.path}; start one without --resume")
+
+
+def _recorded_settings(
+    repair: RepairFolder, config: RepairConfig, request: RepairRequest
+) -> tuple[RepairConfig, RepairRequest]:
+    """Return the settings that a repair was started with; what the user states must agree."""
+    recorded = RepairConfig.from_dict(repair.info["config"])
+    for name in sorted(request.stated):
+        asked, was = getattr(config, name), getattr(recorded, name)
+        if asked != was:
+            raise UsageError(
+                f"{repair.name} was started with {name.replace('_', ' ')} {was}, not {asked}; "
+                "leave it out to resume, or start a new repair without --resume"
+            )
+    train = repair.info["config"].get("train")
+    console.say(f"resuming {repair.name}")
+    return recorded, replace(
+        request,
+        layer=repair.layer,
+        train=request.train or (Path(train) if train else None),
+    )
+
+
+def _check_has_maps(layer: Layer, config: RepairConfig) -> None:
+    if config.loss_function.needs_maps and not layer.has_maps:
+        raise UsageError(
+            f"{layer.name} has no spatial output, so there are no maps to penalize; "
+            "repair it with --loss ce"
+        )
+
+
+def _opening_record(
+    network: Network, layer: Layer, config: RepairConfig, request: RepairRequest, device: str
+) -> dict[str, Any]:
+    train = str(request.train) if request.train else None
+    return {
+        "command": list(request.command),
+        "alias": layer.alias,
+        "config": {**config.as_dict(), "train": train},
+        "versions": versions(),
+        "device": device_record(device),
+        "model": {
+            "source": network.source,
+            "arch": network.card.arch,
+            "sha256_before": network.sha256,
+        },
+    }
+
+
+def _cache_record(crossing: Mapping[str, CrossingTensors]) -> dict[str, Any]:
+    return {
+        "kind": crossing["train"].kind,
+        "bytes": sum(tensors.bytes for tensors in crossing.values()),
+        "tensors": crossing["train"].tensors,
+        "seconds": sum(tensors.seconds for tensors in crossing.values()),
+        "splits": {name: tensors.kind for name, tensors in crossing.items()},
+    }
+
+
+def _training_record(trained: Trained) -> dict[str, Any]:
+    return {
+        "best_epoch": trained.best_epoch,
+        "steps": trained.steps,
+        "stopped": trained.stopped,
+        "seconds": trained.seconds,
+    }
+
+
+def _ssim_record(similarity: np.ndarray | None, seed: int) -> dict[str, Any] | None:
+    if similarity is None:
+        return None
+    return {**bootstrap_mean(similarity, seed=seed).as_dict(), "n": len(similarity)}
+
+
+def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: sha256_state({name: value}) for name, value in tensors.items()}
