@@ -95,13 +95,17 @@ def card(folder: Run | RepairFolder, place: int, method: str, layer: str) -> Car
     )
 
 
-def layer_strip(run: Run, place: int, method: str, layers: Iterable[str]) -> list[Picture]:
-    """Return one image's map in each layer that has maps, in the order given."""
+def layer_strip(run: Run, place: int, method: str, titles: Mapping[str, str]) -> list[Picture]:
+    """Return one image's map in each layer that has maps, in the order given.
+
+    Args:
+        titles: What to call each layer, by its name.
+    """
     entry = run.gallery["images"][place]
     pixels = _pixels(run.gallery_image(str(entry["id"])))
     return [
-        Picture(title=layer, uri=_map_uri(pixels, run.maps(method, layer), place))
-        for layer in layers
+        Picture(title=title, uri=_map_uri(pixels, run.maps(method, layer), place))
+        for layer, title in titles.items()
         if run.has_maps(method, layer)
     ]
 

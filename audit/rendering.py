@@ -13,10 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from audit.wording import percent
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["ForestRow", "Mark", "forest", "page", "part", "stylesheet"]
+__all__ = ["Forest", "ForestRow", "Mark", "forest", "page", "part", "stylesheet"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 TONES = {"right": "good", "fixed": "good", "wrong": "bad", "broken": "bad", "unknown": "open"}
@@ -41,8 +43,16 @@ class ForestRow:
     detail: str
     value: str
     marks: tuple[Mark, ...]
-    zero: float | None
     flagged: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forest:
+    """An interval plot of shares: rows, and where zero and the labels of the axis stand."""
+
+    rows: tuple[ForestRow, ...]
+    ticks: tuple[tuple[float, str], ...]
+    zero: float | None
 
 
 def part(macro: str, *values: Any, **named: Any) -> str:
@@ -59,8 +69,8 @@ def stylesheet() -> str:
     return (TEMPLATES / "parts.css").read_text(encoding="utf-8")
 
 
-def forest(rows: Iterable[Mapping[str, Any]]) -> list[ForestRow]:
-    """Return rows of an interval plot, scaled to the widest interval and to zero.
+def forest(rows: Iterable[Mapping[str, Any]]) -> Forest:
+    """Return an interval plot of shares, scaled to the widest interval and to zero.
 
     Args:
         rows: `label`, `detail`, `value` (as text), `flagged`, and `marks`: `(interval, tone, open)`
@@ -77,17 +87,25 @@ def forest(rows: Iterable[Mapping[str, Any]]) -> list[ForestRow]:
     def place(value: float) -> float:
         return round(2 + 96 * (value - low) / width, 2)
 
-    return [
+    drawn = tuple(
         ForestRow(
             label=str(row["label"]),
             detail=str(row.get("detail") or ""),
             value=str(row["value"]),
             flagged=bool(row.get("flagged")),
-            zero=place(0.0) if low < 0 else None,
             marks=tuple(_mark(mark, place) for mark in row["marks"]),
         )
         for row in rows
-    ]
+    )
+    ticks = tuple((place(tick), percent(tick, 0)) for tick in _ticks(low, high))
+    return Forest(rows=drawn, ticks=ticks, zero=place(0.0) if low < 0 else None)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return about five round shares between two ends."""
+    steps = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
+    step = next((step for step in steps if (high - low) / step <= 6), high - low)
+    return [place * step for place in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _mark(mark: Sequence[Any], place: Any) -> Mark:

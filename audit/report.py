@@ -16,7 +16,7 @@ from audit import __version__
 from audit.errors import RunError
 from audit.files import write_text
 from audit.gallery import Card, card
-from audit.rendering import ForestRow, forest, page
+from audit.rendering import Forest, forest, page
 from audit.runs import RepairFolder, Run
 from audit.wording import (
     byte_size,
@@ -25,6 +25,7 @@ from audit.wording import (
     decision_headline,
     export_headline,
     layer_title,
+    method_title,
     moment,
     number,
     percent,
@@ -38,7 +39,16 @@ from audit.wording import (
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["class_rows", "layer_rows", "profile_rows", "repair_tone", "write_report"]
+__all__ = [
+    "appendix",
+    "class_rows",
+    "export_summary",
+    "layer_rows",
+    "profile_rows",
+    "repair_facts",
+    "repair_tone",
+    "write_report",
+]
 
 GALLERY_LIMIT = 12
 SKIPPED_LIMIT = 200
@@ -77,7 +87,7 @@ def write_report(run: Run, output: Path | None = None) -> Path:
 # --- rows that the dashboard shows too ------------------------------------------------------------
 
 
-def profile_rows(layers: pd.DataFrame, flagged: Iterable[str] = ()) -> list[ForestRow]:
+def profile_rows(layers: pd.DataFrame, flagged: Iterable[str] = ()) -> Forest:
     """Return the trial gain of each layer with its interval, in depth order."""
     chosen = set(flagged)
     return forest(
@@ -112,20 +122,22 @@ def layer_rows(layers: pd.DataFrame) -> list[dict[str, str]]:
     ]
 
 
-def class_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ForestRow]:
-    """Return the accuracy of each class before and after, the lowest before first."""
-    later = {row["name"]: row for row in after.get("per_class") or []}
+def class_rows(before: Mapping[str, Any], after: Mapping[str, Any] | None = None) -> Forest:
+    """Return the accuracy of each class, before and after where there is one; lowest first."""
+    later = {row["name"]: row for row in (after or {}).get("per_class") or []}
     first = sorted(before.get("per_class") or [], key=lambda row: row["value"] or 0)
-    return forest(
-        {
-            "label": row["name"],
-            "detail": count(row["n"], "images"),
-            "value": f"{percent(row['value'], 0)} \N{RIGHTWARDS ARROW} "
-            f"{percent((later.get(row['name']) or {}).get('value'), 0)}",
-            "marks": [(row, "bad", True), (later.get(row["name"]), "good", False)],
-        }
-        for row in first
-    )
+    return forest(_class_row(row, later.get(row["name"]), after is not None) for row in first)
+
+
+def _class_row(
+    before: Mapping[str, Any], after: Mapping[str, Any] | None, repaired: bool
+) -> dict[str, Any]:
+    value, marks = percent(before["value"], 0), [(before, "good", False)]
+    if repaired:
+        value += f" \N{RIGHTWARDS ARROW} {percent((after or {}).get('value'), 0)}"
+        marks = [(before, "bad", True), (after or {}, "good", False)]
+    detail = count(before["n"], "images")
+    return {"label": before["name"], "detail": detail, "value": value, "marks": marks}
 
 
 def repair_tone(repair: RepairFolder) -> str:
@@ -163,8 +175,9 @@ def _context(run: Run) -> dict[str, Any]:
         "eyebrow": f"{model.get('source', run.name)}, scanned {moment(run.created_utc)}",
         "headline": verdict_headline(verdict, aliases),
         "reasons": _strings(verdict.get("reasons")),
+        "decision": _decision(chosen) if chosen else None,
         "scan": scan_figures(run.info) if run.info.get("metrics") else [],
-        "profile": profile_rows(table, flagged) if table is not None else [],
+        "profile": profile_rows(table, flagged) if table is not None else None,
         "layers": layer_rows(table) if table is not None else [],
         "layer_numbers": LAYER_NUMBERS,
         "flagged_rows": _flagged_places(table, flagged) if table is not None else [],
@@ -172,9 +185,9 @@ def _context(run: Run) -> dict[str, Any]:
         "comparison_numbers": COMPARISON_NUMBERS,
         "cards": attempt(lambda: _cards(source), no_cards),
         "cards_caption": _cards_caption(source),
-        "export": attempt(lambda: _export(chosen), None) if chosen else None,
+        "export": attempt(lambda: export_summary(chosen), None) if chosen else None,
         "earlier": [_short(one) for one in repairs if one is not chosen],
-        "appendix": _appendix(run, chosen),
+        "appendix": appendix(run, chosen),
         "skipped": _skipped(run.info),
         # Last, when every reader above had its say.
         "notices": notices + [found.reason for found in run.damaged_repairs],
@@ -196,6 +209,13 @@ def _gallery_source(run: Run, repair: RepairFolder | None) -> Run | RepairFolder
         return repair if repair.gallery["images"] else run
     except RunError:  # reported when its cards are read
         return repair
+
+
+def _decision(repair: RepairFolder) -> dict[str, Any]:
+    """Return the outcome for the report's first lines, a penalty that did no good included."""
+    penalty = repair.info.get("penalty") or {}
+    said = [penalty["sentence"]] if penalty.get("sentence") else []
+    return {"tone": repair_tone(repair), "headline": decision_headline(repair.info), "said": said}
 
 
 def _repair(repair: RepairFolder) -> dict[str, Any]:
@@ -255,14 +275,15 @@ def _cards_caption(folder: Run | RepairFolder) -> str:
         index = folder.gallery
     except RunError:
         return ""
-    which = "before and after the repair" if isinstance(folder, RepairFolder) else "in this layer"
-    return (
-        f"{index.get('shown_method', '')} maps of {index.get('shown_layer', '')} for the true "
-        f"class, {which}; up to {GALLERY_LIMIT} of {count(len(index['images']), 'images')}."
-    )
+    which = ", before and after the repair" if isinstance(folder, RepairFolder) else ""
+    held = len(index["images"])
+    shown = count(held, "images") if held <= GALLERY_LIMIT else f"{GALLERY_LIMIT} of {held} images"
+    method = method_title(str(index.get("shown_method", "")))
+    return f"{method} maps of {index.get('shown_layer', '')} for the true class{which}; {shown}."
 
 
-def _export(repair: RepairFolder) -> dict[str, Any]:
+def export_summary(repair: RepairFolder) -> dict[str, Any]:
+    """Return the state of a repair's export: `tone`, `headline`, `reasons` and `rows` of proof."""
     proof = repair.onnx
     passed = proof is not None and proof.get("status") == "passed"
     return {
@@ -281,7 +302,8 @@ def _short(repair: RepairFolder) -> dict[str, str]:
     }
 
 
-def _appendix(run: Run, repair: RepairFolder | None) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+def appendix(run: Run, repair: RepairFolder | None) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+    """Return how a run, and a repair of it, were made: network, images, settings, versions."""
     info, sections = run.info, []
     model, data = info.get("model") or {}, info.get("data") or {}
     if model:

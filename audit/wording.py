@@ -20,6 +20,7 @@ __all__ = [
     "decision_headline",
     "export_headline",
     "layer_title",
+    "method_title",
     "moment",
     "number",
     "p_value",
@@ -33,6 +34,14 @@ __all__ = [
 ]
 
 NOT_THERE = "n/a"
+
+_METHODS = {
+    "gradcam": "Grad-CAM",
+    "guided-gradcam": "Guided Grad-CAM",
+    "hirescam": "HiResCAM",
+    "layercam": "LayerCAM",
+    "gradients": "Gradient",
+}
 
 Document = Mapping[str, Any]
 
@@ -127,6 +136,11 @@ def span(interval: Document | None, kind: str = "percent") -> str:
 def layer_title(name: str, alias: str | None = None) -> str:
     """Return `block5_conv3 (features.28)`, or the name alone where there is no other alias."""
     return f"{alias} ({name})" if alias and alias != name else name
+
+
+def method_title(method: str) -> str:
+    """Return a saliency method as it is written in prose: `Grad-CAM`."""
+    return _METHODS.get(method, method)
 
 
 # --- sentences ------------------------------------------------------------------------------------
@@ -231,7 +245,9 @@ def comparison_rows(repair: Document) -> list[dict[str, str]]:
     """Return network, repair and controls side by side, as text for a table."""
     rows = [("Before", "The network as it was", repair.get("before"), None)]
     loss = _at(repair, "config", "loss") or "the configured loss"
-    rows.append(("Repair", f"Trained with {loss}", repair.get("after"), repair.get("difference")))
+    rows.append(
+        ("Repair", f"Trained with the loss {loss}", repair.get("after"), repair.get("difference"))
+    )
     for control in repair.get("controls") or []:
         name = f"Control: {control.get('name', NOT_THERE)}"
         description = str(control.get("description") or "")

@@ -1,0 +1,35 @@
+"""The frame around every page: styles, the choice of run and repair, navigation."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from audit.rendering import stylesheet
+from dashboard.selection import choose
+
+# Room for the content on a phone, and a calmer frame than the default.
+FRAME = """
+[data-testid="stMainBlockContainer"] { max-width: 76rem;
+                                       padding: 4.6rem clamp(1rem, 4vw, 3rem) 4rem; }
+@media (min-width: 800px) { [data-testid="stSidebar"][aria-expanded="true"] { min-width: 20rem; } }
+[data-testid="stSidebarUserContent"] { padding-top: 1rem; }
+.lm-wordmark { font-size: 1.15rem; font-weight: 680; letter-spacing: -.02em; margin: 0; }
+"""
+
+
+def main() -> None:
+    st.set_page_config(page_title="layermend", layout="wide")
+    st.html(f"<style>{stylesheet()}{FRAME}</style>")
+    pages = [
+        st.Page("pages/overview.py", title="Overview", default=True),
+        st.Page("pages/layers.py", title="Layers"),
+        st.Page("pages/images.py", title="Images"),
+        st.Page("pages/accuracy.py", title="Accuracy"),
+        st.Page("pages/export.py", title="Export"),
+    ]
+    page = st.navigation(pages, position="top")
+    if choose():
+        page.run()
+
+
+main()

@@ -1,0 +1,85 @@
+"""The `dashboard` command: start the Streamlit app on this machine's own address.
+
+Nothing is sent anywhere: the server listens on localhost unless told otherwise, usage statistics
+are off, and every font and script comes from the installed package.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from audit.console import run_app
+from audit.errors import RunError
+
+__all__ = ["RUNS_VARIABLE", "app", "main", "streamlit_arguments"]
+
+RUNS_VARIABLE = "LAYERMEND_RUNS"
+APP = Path(__file__).with_name("app.py")
+
+# Both color schemes are given, so that the page follows the reader's system.
+THEME = {
+    "theme.font": "sans-serif",
+    "theme.baseFontSize": "16",
+    "theme.headingFontWeights": "640,640,640,600,600,600",
+    "theme.headingFontSizes": "1.7rem,1.22rem,1rem,1rem,1rem,1rem",
+    "theme.baseRadius": "6px",
+    "theme.showSidebarBorder": "true",
+    "theme.light.primaryColor": "#1f6aa8",
+    "theme.light.backgroundColor": "#fcfcfa",
+    "theme.light.secondaryBackgroundColor": "#f1f2ef",
+    "theme.light.textColor": "#1b1f24",
+    "theme.light.borderColor": "#dcdedb",
+    "theme.light.sidebar.backgroundColor": "#f5f5f2",
+    "theme.dark.primaryColor": "#6db3e8",
+    "theme.dark.backgroundColor": "#14171b",
+    "theme.dark.secondaryBackgroundColor": "#1f242a",
+    "theme.dark.textColor": "#e4e7ea",
+    "theme.dark.borderColor": "#333a42",
+    "theme.dark.sidebar.backgroundColor": "#191d22",
+}
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def dashboard(
+    runs: Annotated[
+        Path, typer.Argument(help="A run folder, or a folder of runs.", metavar="[RUNS]")
+    ] = Path("runs"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on; others than localhost are open to the network."),
+    ] = "localhost",
+) -> None:
+    """Look at scans and repairs in the browser."""
+    if not runs.is_dir():
+        raise RunError(f"no folder {runs}; start with `audit scan MODEL --data DIR`")
+    os.environ[RUNS_VARIABLE] = str(runs.resolve())
+    from streamlit.web.cli import main as streamlit
+
+    streamlit(streamlit_arguments(host, port), prog_name="streamlit", standalone_mode=False)
+
+
+def streamlit_arguments(host: str, port: int) -> list[str]:
+    """Return the command line that Streamlit is started with."""
+    options = {
+        "server.address": host,
+        "server.port": str(port),
+        "server.headless": "true",
+        "server.fileWatcherType": "none",
+        "browser.gatherUsageStats": "false",
+        "browser.serverAddress": host,
+        "client.toolbarMode": "minimal",
+        "client.showErrorDetails": "none",
+        **THEME,
+    }
+    return ["run", str(APP), *(f"--{name}={value}" for name, value in options.items())]
+
+
+def main() -> None:
+    run_app(app)

@@ -1,0 +1,76 @@
+"""The repaired network to take along: the proof that it is the same one, and its files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import streamlit as st
+
+from audit.rendering import part
+from audit.report import export_summary, repair_facts, write_report
+from audit.runs import RepairFolder, Run
+from audit.wording import byte_size
+from dashboard.selection import command, problems_shown, selected
+
+
+def main() -> None:
+    run, repair = selected()
+    st.html(part("section", "Export"))
+    if repair is None:
+        sentence = "Nothing to export: this run has no repair yet."
+        st.html(part("banner", "open", sentence))
+    else:
+        with problems_shown():
+            _show_proof(run, repair)
+        _show_files(repair)
+        if repair.info.get("frozen"):
+            st.html(part("section", "What was trained, and what was not"))
+            st.html(part("pairs", repair_facts(repair.info)))
+    st.html(part("section", "Report", "The whole run as one HTML file, to mail or to print."))
+    _download("Report, HTML", f"{run.name}.html", "text/html", lambda: _report(run))
+
+
+def _show_proof(run: Run, repair: RepairFolder) -> None:
+    export = export_summary(repair)
+    st.html(part("banner", export["tone"], export["headline"], export["reasons"]))
+    if repair.decision == "rejected":
+        sentence = "The repair itself was rejected; its files are here to look at, not to ship."
+        st.html(part("banner", "bad", sentence))
+    if export["rows"]:
+        st.html(part("pairs", export["rows"]))
+    elif repair.decision:
+        st.markdown("Export it, with the check on held-out images:")
+        st.code(command(run, "repair", "export"), language=None)
+
+
+def _show_files(repair: RepairFolder) -> None:
+    files = [
+        ("ONNX model", repair.onnx_model),
+        ("Proof, JSON", repair.path / "onnx.json"),
+        ("Weights, safetensors", repair.weights),
+        ("Model card, TOML", repair.card),
+    ]
+    there = [(title, path) for title, path in files if path.is_file()]
+    if not there:
+        return
+    st.html(part("section", "Files"))
+    with st.container(horizontal=True):
+        for title, path in there:
+            label = f"{title}, {byte_size(path.stat().st_size)}"
+            name = f"{repair.path.name}-{path.name}"
+            _download(label, name, "application/octet-stream", path.read_bytes)
+
+
+def _download(label: str, name: str, kind: str, read: Callable[[], bytes]) -> None:
+    # Read when clicked: a VGG's weights are half a gigabyte.
+    st.download_button(label, read, file_name=name, mime=kind, on_click="ignore", key=name)
+
+
+def _report(run: Run) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return write_report(run, Path(folder) / "report.html").read_bytes()
+
+
+main()

@@ -1,0 +1,88 @@
+"""What was found, what was done about it, and whether it helped."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from audit.rendering import part
+from audit.report import COMPARISON_NUMBERS, appendix, export_summary, repair_tone
+from audit.runs import RepairFolder, Run
+from audit.wording import (
+    comparison_rows,
+    decision_headline,
+    layer_title,
+    moment,
+    percent,
+    repair_figures,
+    scan_figures,
+    verdict_headline,
+)
+from dashboard.selection import aliases, command, problems_shown, selected
+
+
+def main() -> None:
+    run, repair = selected()
+    _show_state(run)
+    with problems_shown():
+        _show_verdict(run)
+    if repair is not None:
+        _show_repair(repair)
+        with problems_shown():
+            _show_export(repair)
+    if run.info.get("metrics"):
+        st.html(part("section", "The network as scanned", "On every image of the scan."))
+        st.html(part("figures", scan_figures(run.info)))
+    if repair is None and run.status == "complete":
+        st.markdown("Retrain the layer, with controls:")
+        st.code(command(run, "repair", "layer"), language=None)
+    with st.expander("How it was made"):
+        for name, facts in appendix(run, repair):
+            st.html(part("section", name) + part("pairs", facts))
+
+
+def _show_state(run: Run) -> None:
+    if run.status == "running":
+        sentence = "This scan is still running; what it has written so far is shown."
+        st.html(part("banner", "open", sentence))
+    elif run.status == "failed":
+        reason = run.info.get("failure") or "no reason was recorded"
+        st.html(part("banner", "bad", f"This scan failed: {reason}."))
+
+
+def _show_verdict(run: Run) -> None:
+    model = run.info.get("model") or {}
+    eyebrow = f"{model.get('source', run.name)}, scanned {moment(run.created_utc)}"
+    if run.status == "running" and not (run.path / "verdict.json").is_file():
+        st.html(part("headline", eyebrow, "No verdict yet."))
+        return
+    verdict = run.verdict
+    reasons = [str(reason) for reason in verdict.get("reasons") or []]
+    if verdict.get("confidence") is not None:
+        reasons.append(f"Confidence: {percent(verdict['confidence'], 0)}.")
+    st.html(part("headline", eyebrow, verdict_headline(verdict, aliases(run)), reasons))
+
+
+def _show_repair(repair: RepairFolder) -> None:
+    info = repair.info
+    title = layer_title(repair.layer, info.get("alias"))
+    st.html(part("section", f"Repair of {title}", f"Started {moment(repair.created_utc)}."))
+    reasons = [str(reason) for reason in info.get("reasons") or []]
+    st.html(part("banner", repair_tone(repair), decision_headline(info), reasons))
+    if not info.get("after"):
+        return
+    st.html(part("figures", repair_figures(info)))
+    penalty = info.get("penalty") or {}
+    if penalty.get("sentence"):
+        tone = "good" if penalty.get("earned") else "open"
+        st.html(part("banner", tone, "Did the penalty earn its place?", [penalty["sentence"]]))
+    st.html(part("section", "Beside its controls", "Same images, same compute."))
+    st.html(part("table", comparison_rows(info), COMPARISON_NUMBERS))
+
+
+def _show_export(repair: RepairFolder) -> None:
+    export = export_summary(repair)
+    st.html(part("section", "Export"))
+    st.html(part("banner", export["tone"], export["headline"], export["reasons"]))
+
+
+main()

@@ -1,0 +1,134 @@
+"""Which run, and which of its repairs, the pages show.
+
+The choice is made in the sidebar on every page and read by the page with `selected`. Folders are
+read anew each time, so a scan that is still running fills in as it goes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from audit.errors import RunError
+from audit.rendering import part
+from audit.runs import DamagedFolder, RepairFolder, Run, list_damaged_runs, list_runs, open_run
+from audit.wording import count, layer_title, moment
+from dashboard.cli import RUNS_VARIABLE
+
+__all__ = ["aliases", "choose", "command", "problems_shown", "selected"]
+
+_CHOICE = "layermend_choice"
+
+
+def choose() -> bool:
+    """Show the pickers; return whether there is a run to show."""
+    root = Path(os.environ.get(RUNS_VARIABLE, "runs"))
+    runs, damaged = _readable(root)
+    with st.sidebar:
+        st.html('<p class="lm lm-wordmark">layermend</p>')
+        run = _pick_run(runs) if runs else None
+        repair = _pick_repair(run.repairs) if run else None
+        _show_damaged([*damaged, *(run.damaged_repairs if run else [])])
+    st.session_state[_CHOICE] = (run, repair)
+    if run is None:
+        _show_nothing(root, damaged)
+    return run is not None
+
+
+def selected() -> tuple[Run, RepairFolder | None]:
+    """Return the chosen run, and the chosen repair where there is one."""
+    run, repair = st.session_state[_CHOICE]
+    return run, repair
+
+
+@contextmanager
+def problems_shown() -> Iterator[None]:
+    """Show what cannot be read as one line in its place; the rest of the page goes on."""
+    try:
+        yield
+    except RunError as error:
+        st.html(part("banner", "open", str(error)))
+
+
+def aliases(run: Run) -> dict[str, str]:
+    """Return the alias of each layer by its name; empty where the layers cannot be read."""
+    try:
+        return dict(zip(run.layers["name"], run.layers["alias"], strict=True))
+    except RunError:  # the page of the layers says so
+        return {}
+
+
+def command(run: Run, *words: str) -> str:
+    """Return a command on this run, as it can be typed."""
+    import shlex
+
+    return shlex.join([*words, "--run", str(run.path)])
+
+
+def _readable(root: Path) -> tuple[list[Run], list[DamagedFolder]]:
+    if (root / Run.record).exists():
+        try:
+            return [open_run(root)], []
+        except RunError as error:
+            return [], [DamagedFolder(path=root, reason=str(error))]
+    return list_runs(root), list_damaged_runs(root)
+
+
+def _pick_run(runs: Sequence[Run]) -> Run:
+    by_name = {run.name: run for run in runs}
+    name = st.selectbox("Run", list(by_name), format_func=lambda name: _run_label(by_name[name]))
+    return by_name.get(name) or runs[0]
+
+
+def _pick_repair(repairs: Sequence[RepairFolder]) -> RepairFolder | None:
+    if not repairs:
+        st.caption("No repair in this run yet.")
+        return None
+    by_name = {repair.name: repair for repair in repairs}
+    # The newest that came to a decision, as in the report.
+    first = next((place for place, repair in enumerate(repairs) if repair.decision), 0)
+    name = st.selectbox(
+        "Repair",
+        list(by_name),
+        index=first,
+        format_func=lambda name: _repair_label(by_name[name]),
+    )
+    return by_name.get(name) or repairs[first]
+
+
+def _run_label(run: Run) -> str:
+    model: dict[str, Any] = run.info.get("model") or {}
+    name = model.get("arch") or run.name
+    state = "" if run.status == "complete" else f", {run.status}"
+    return f"{name}, {_short(run.created_utc)}{state}"
+
+
+def _repair_label(repair: RepairFolder) -> str:
+    title = repair.info.get("alias") or layer_title(repair.layer)
+    return f"{title}, {repair.decision or repair.status}"
+
+
+def _short(created_utc: str) -> str:
+    """Return `23 Nov, 20:49`: the sidebar is narrow, the page has the whole date."""
+    day, _, rest = moment(created_utc).partition(" 20")
+    return f"{day}{rest[2:]}".removesuffix(" UTC")
+
+
+def _show_damaged(damaged: Sequence[DamagedFolder]) -> None:
+    if damaged:
+        with st.expander(
+            count(len(damaged), "folders that cannot be read").replace("1 folders", "1 folder")
+        ):
+            st.html(part("pairs", [(found.path.name, found.reason) for found in damaged]))
+
+
+def _show_nothing(root: Path, damaged: Sequence[DamagedFolder]) -> None:
+    reasons = [found.reason for found in damaged]
+    st.html(part("headline", str(root), "No run to show yet.", reasons))
+    st.markdown("A scan of a network on labeled images makes one:")
+    st.code("audit scan MODEL --data DIR", language=None)
