@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from audit import console
+from audit.errors import ExportError, UsageError
 from repair.config import OPTIMIZERS, SALIENCIES, RepairConfig
 from repair.losses import LOSSES, SCALES
 
@@ -145,6 +146,57 @@ def layer_command(
         _print_json(repair.info)
     else:
         console.stdout.print(repair_summary(repair))
+
+
+@app.command("export")
+def export_command(
+    run: RunOption = None,
+    repair: Annotated[
+        str | None,
+        typer.Option(help="Name of a repair; the newest finished by default.", metavar="NAME"),
+    ] = None,
+    original: Annotated[
+        bool, typer.Option("--original", help="Export the scanned model, unrepaired.")
+    ] = False,
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX operator set; 18 by default.", metavar="N")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Further copy of the model, if it passes.", metavar="FILE"),
+    ] = None,
+    data: DataOption = None,
+    model: ModelOption = None,
+    trust_pickle: TrustOption = False,
+    code: CodeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Export a repair to ONNX, and prove it equal on held-out images in onnxruntime."""
+    if original and repair is not None:
+        raise UsageError("--original and --repair exclude each other; give one of them")
+
+    from repair.export import ExportRequest, export_network
+    from repair.summary import export_summary
+
+    request = ExportRequest(
+        repair=repair,
+        original=original,
+        opset=opset,
+        out=out,
+        data=data,
+        model=model,
+        trust_pickle=trust_pickle,
+        code=code,
+    )
+    exported = export_network(_open_run(run), request)
+    if json:
+        _print_json(exported.proof)
+    else:
+        console.stdout.print(export_summary(exported.proof, exported.model))
+    if not exported.passed:
+        raise ExportError(
+            f"the export is not equal to its source, do not use it: {exported.proof['reasons'][0]}"
+        )
 
 
 def _open_run(path: Path | None) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from torch import nn
 from audit.images import ImageFolder, load_pixels, open_image_folder
 from audit.networks import ModelCard, Network, Preprocessing, open_network, write_card
 from audit.networks.small_vgg import ARCHITECTURE, SmallVGG
-from audit.runs import Run, start_run
+from audit.runs import RepairFolder, Run, open_repair, open_run, start_run
+from repair.config import RepairConfig
 from repair.decision import Predictions
+from repair.layer import RepairRequest, repair_layer
 
 CLASSES = ("disk", "square", "stripes")
 DAMAGED = "block2_conv1"
 SIDE = 24
+CONFIG = RepairConfig(epochs=4, learning_rate=0.02)
 WIDTHS, CONVOLUTIONS = (6, 8, 10), (1, 1, 2)
 
 
@@ -104,6 +108,28 @@ def network(model_file: Path) -> Network:
 @pytest.fixture(scope="session")
 def folder(photos: Path) -> ImageFolder:
     return open_image_folder(photos, CLASSES)
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory,
+    photos: Path,
+    model_file: Path,
+    network: Network,
+    folder: ImageFolder,
+) -> tuple[Run, RepairFolder]:
+    """One finished repair that several tests look at and none changes."""
+    run = write_run(tmp_path_factory.mktemp("runs"), photos, model_file, network, folder)
+    return run, repair_layer(run, CONFIG, RepairRequest(command=("repair", "layer")))
+
+
+@pytest.fixture
+def finished_copy(finished: tuple[Run, RepairFolder], tmp_path: Path) -> tuple[Run, RepairFolder]:
+    """The same, to be changed at will."""
+    run, repair = finished
+    copy = tmp_path / "copy" / run.name
+    shutil.copytree(run.path, copy)
+    return open_run(copy), open_repair(copy / "repairs" / repair.name)
 
 
 @pytest.fixture

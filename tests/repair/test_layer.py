@@ -25,23 +25,9 @@ from audit.statistics import mcnemar
 from repair.config import RepairConfig
 from repair.layer import RepairRequest, repair_layer
 
-from .conftest import CLASSES, DAMAGED, draw_photos, whole_network_predictions
+from .conftest import CLASSES, CONFIG, DAMAGED, draw_photos, whole_network_predictions
 
 MakeRun = Callable[..., Run]
-CONFIG = RepairConfig(epochs=4, learning_rate=0.02)
-
-
-@pytest.fixture(scope="session")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> tuple[Run, RepairFolder]:
-    """One finished repair that several tests look at and none changes."""
-    from .conftest import write_run
-
-    names = ("photos", "model_file", "network", "folder")
-    photos, model_file, network, folder = (request.getfixturevalue(name) for name in names)
-    run = write_run(tmp_path_factory.mktemp("finished"), photos, model_file, network, folder)
-    return run, repair_layer(run, CONFIG, RepairRequest(command=("repair", "layer")))
 
 
 def test_the_flagged_layer_is_repaired_and_accepted(finished: tuple[Run, RepairFolder]) -> None:
