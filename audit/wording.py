@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 NOT_THERE = "n/a"
+PERCENT = "\N{NO-BREAK SPACE}%"
 
 _METHODS = {
     "gradcam": "Grad-CAM",
@@ -60,7 +61,7 @@ class Figure:
 
 def percent(value: Any, digits: int = 1) -> str:
     """Return a share in [0, 1] as `93.8 %`."""
-    return NOT_THERE if _absent(value) else f"{_minus(100 * float(value), digits)} %"
+    return NOT_THERE if _absent(value) else f"{_minus(100 * float(value), digits)}{PERCENT}"
 
 
 def points(value: Any, digits: int = 1) -> str:
@@ -130,7 +131,7 @@ def span(interval: Document | None, kind: str = "percent") -> str:
         return f"{number(low)} to {number(high)}"
     if kind == "points":
         return f"{_signed(100 * low, 1)} to {_signed(100 * high, 1)}"
-    return f"{_minus(100 * low, 1)} to {_minus(100 * high, 1)} %"
+    return f"{_minus(100 * low, 1)} to {_minus(100 * high, 1)}{PERCENT}"
 
 
 def layer_title(name: str, alias: str | None = None) -> str:
@@ -300,7 +301,7 @@ def _share(label: str, interval: Document | None) -> Figure:
 
 def _note(interval: Document | None, kind: str = "percent") -> str:
     text = span(interval, kind)
-    return "" if text == NOT_THERE else f"95 %: {text}"
+    return "" if text == NOT_THERE else f"95{PERCENT}: {text}"
 
 
 def _at(document: Document, *keys: str) -> Any:

@@ -21,11 +21,11 @@ def main() -> None:
     st.set_page_config(page_title="layermend", layout="wide")
     st.html(f"<style>{stylesheet()}{FRAME}</style>")
     pages = [
-        st.Page("pages/overview.py", title="Overview", default=True),
-        st.Page("pages/layers.py", title="Layers"),
-        st.Page("pages/images.py", title="Images"),
-        st.Page("pages/accuracy.py", title="Accuracy"),
-        st.Page("pages/export.py", title="Export"),
+        st.Page("views/overview.py", title="Overview", default=True),
+        st.Page("views/layers.py", title="Layers"),
+        st.Page("views/images.py", title="Images"),
+        st.Page("views/accuracy.py", title="Accuracy"),
+        st.Page("views/export.py", title="Export"),
     ]
     page = st.navigation(pages, position="top")
     if choose():

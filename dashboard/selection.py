@@ -7,10 +7,10 @@ read anew each time, so a scan that is still running fills in as it goes.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import streamlit as st
 
@@ -81,7 +81,8 @@ def _readable(root: Path) -> tuple[list[Run], list[DamagedFolder]]:
 
 def _pick_run(runs: Sequence[Run]) -> Run:
     by_name = {run.name: run for run in runs}
-    name = st.selectbox("Run", list(by_name), format_func=lambda name: _run_label(by_name[name]))
+    labels = _distinct({name: _run_label(run) for name, run in by_name.items()})
+    name = st.selectbox("Run", list(by_name), format_func=lambda name: labels[name])
     return by_name.get(name) or runs[0]
 
 
@@ -90,27 +91,33 @@ def _pick_repair(repairs: Sequence[RepairFolder]) -> RepairFolder | None:
         st.caption("No repair in this run yet.")
         return None
     by_name = {repair.name: repair for repair in repairs}
+    labels = _distinct({name: _repair_label(repair) for name, repair in by_name.items()})
     # The newest that came to a decision, as in the report.
     first = next((place for place, repair in enumerate(repairs) if repair.decision), 0)
     name = st.selectbox(
         "Repair",
         list(by_name),
         index=first,
-        format_func=lambda name: _repair_label(by_name[name]),
+        format_func=lambda name: labels[name],
     )
     return by_name.get(name) or repairs[first]
 
 
 def _run_label(run: Run) -> str:
-    model: dict[str, Any] = run.info.get("model") or {}
-    name = model.get("arch") or run.name
+    name = run.name.partition("-")[2] or run.name
     state = "" if run.status == "complete" else f", {run.status}"
     return f"{name}, {_short(run.created_utc)}{state}"
 
 
 def _repair_label(repair: RepairFolder) -> str:
     title = repair.info.get("alias") or layer_title(repair.layer)
-    return f"{title}, {repair.decision or repair.status}"
+    return f"{title}, {repair.decision or repair.status}, {_short(repair.created_utc)}"
+
+
+def _distinct(labels: dict[str, str]) -> dict[str, str]:
+    """Return labels that differ: Streamlit picks by label, so folder names replace equal ones."""
+    seen = Counter(labels.values())
+    return {name: label if seen[label] == 1 else name for name, label in labels.items()}
 
 
 def _short(created_utc: str) -> str:

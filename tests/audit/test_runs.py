@@ -87,7 +87,7 @@ def test_maps_come_back_in_half_precision_whatever_the_layer_is_called(tmp_path:
     for layer in ("features.28", "a/../../b", "..", ".hidden", "block<1>"):
         run.write_maps("gradcam", layer, maps)
         assert np.array_equal(run.maps("gradcam", layer), maps.astype(np.float16))
-    written = [path for path in tmp_path.rglob("*.npz")]
+    written = list(tmp_path.rglob("*.npz"))
     assert len(written) == 5
     assert all(path.parent == run.path / "maps" / "gradcam" for path in written)
 
