@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from audit.networks.layers import Layer
 from audit.networks.program import Program, Split
 
 __all__ = [
@@ -27,10 +28,11 @@ __all__ = [
     "METHODS",
     "Method",
     "grad_cam",
-    "guided_gradients",
     "guided_grad_cam",
+    "guided_gradients",
     "hires_cam",
     "layer_cam",
+    "layer_map",
     "layer_maps",
     "normalize_maps",
     "resize_maps",
@@ -108,20 +110,49 @@ def layer_maps(
         ``gradients`` has one map a image, under the key ``input``.
     """
     if method == "gradients":
-        gradients = _input_gradients(program, images, targets, state, guided=False)
-        return {INPUT: gradients.abs().amax(dim=1)}
+        by_image = _input_gradients(program, images, targets, state, guided=False)
+        return {INPUT: by_image.abs().amax(dim=1)}
     names = [
         layer.name
         for layer in (program.layers if layers is None else map(program.layer, layers))
         if layer.has_maps or layers is not None
     ]
-    activations, gradients_of = _watched_gradients(program, images, targets, names, state)
-    formula = _FORMULAS["gradcam" if method == "guided-gradcam" else method]
-    maps = {name: formula(activations[name], gradients_of[name]) for name in names}
+    with torch.enable_grad():
+        activations, logits = program.watch(images, names, state)
+        gradients = torch.autograd.grad(
+            target_scores(logits, targets),
+            list(activations.values()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    formula: Method = "gradcam" if method == "guided-gradcam" else method
+    maps = {
+        name: layer_map(program.layer(name), activations[name].detach(), gradient, formula)
+        for name, gradient in zip(names, gradients, strict=True)
+    }
     if method != "guided-gradcam":
         return maps
     guided = _input_gradients(program, images, targets, state, guided=True)
     return {name: guided_grad_cam(cam, guided).abs().sum(dim=1) for name, cam in maps.items()}
+
+
+def layer_map(
+    layer: Layer, activations: Tensor, gradients: Tensor, method: Method = "gradcam"
+) -> Tensor:
+    """Return the maps (B, h, w) of one layer from its output and the score's gradient by it.
+
+    Args:
+        activations: As the layer returns them, channels first or last.
+        gradients: Of the same shape.
+        method: One that has a formula of its own: gradcam, hirescam or layercam.
+    """
+    if activations.dim() != 4:
+        raise ValueError(
+            f"maps need a layer output of shape (batch, channels, height, width); "
+            f"that of {layer.name!r} is {tuple(activations.shape)}"
+        )
+    axis = -1 if layer.channels_last else 1
+    return _FORMULAS[method](activations.movedim(axis, 1), gradients.movedim(axis, 1))
 
 
 def trainable_maps(
@@ -144,10 +175,7 @@ def trainable_maps(
     (gradients,) = torch.autograd.grad(
         target_scores(logits, targets), activations, create_graph=True
     )
-    layer = split.layer
-    return grad_cam(*(_channels_first(t, layer.channels_last) for t in (activations, gradients))), (
-        logits
-    )
+    return layer_map(split.layer, activations, gradients), logits
 
 
 def guided_gradients(
@@ -192,26 +220,6 @@ def target_scores(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets.unsqueeze(1)).sum()
 
 
-def _watched_gradients(
-    program: Program,
-    images: Tensor,
-    targets: Tensor,
-    names: Sequence[str],
-    state: Mapping[str, Tensor] | None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    with torch.enable_grad():
-        activations, logits = program.watch(images, names, state)
-        outputs = list(activations.values())
-        gradients = torch.autograd.grad(
-            target_scores(logits, targets), outputs, allow_unused=True, materialize_grads=True
-        )
-    last = {name: program.layer(name).channels_last for name in names}
-    return (
-        {n: _channels_first(a.detach(), last[n]) for n, a in activations.items()},
-        {n: _channels_first(g, last[n]) for n, g in zip(names, gradients, strict=True)},
-    )
-
-
 def _input_gradients(
     program: Program,
     images: Tensor,
@@ -224,12 +232,3 @@ def _input_gradients(
         leaf = images.detach().requires_grad_()
         _, logits = program.watch(leaf, (), state, guided=guided)
         return torch.autograd.grad(target_scores(logits, targets), leaf)[0]
-
-
-def _channels_first(values: Tensor, channels_last: bool) -> Tensor:
-    if values.dim() != 4:
-        raise ValueError(
-            f"maps need a layer output of shape (batch, channels, height, width); "
-            f"this one has {tuple(values.shape)}"
-        )
-    return values.movedim(-1, 1) if channels_last else values

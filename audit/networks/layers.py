@@ -1,4 +1,4 @@
-"""Layers and their names: which parts of a network can be retrained alone, and what people call them.
+"""Layers and their names: what can be retrained alone, and what people call it.
 
 A layer answers to its module path (``features.28``) and to its aliases: VGG-shaped networks to the
 names that Keras gave VGG-16 (``block5_conv3``, ``fc1``, ``predictions``), every network to

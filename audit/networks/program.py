@@ -1,4 +1,4 @@
-"""A network as a functional graph that can be run whole, watched at every layer, or cut at any layer.
+"""A network as a functional graph: run it whole, watch it at every layer, cut it at any layer.
 
 `Program.capture` traces a module with ``torch.export`` in eval mode and functionalizes the result:
 in-place operations, module reuse, branches and functional code all become one graph of pure
@@ -11,6 +11,7 @@ one pass, and the network splits at any layer into what the layer's parameters c
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Program:
         module = module.to(device)
         dtype = next((p.dtype for p in module.parameters()), torch.float32)
         example = torch.zeros(2, 3, *input_size, device=device, dtype=dtype)
-        with _evaluating(module), torch.no_grad():
+        with _evaluating(module), torch.no_grad(), _quiet_export():
             try:
                 exported = torch.export.export(
                     module, (example,), dynamic_shapes=({0: Dim("batch", min=1)},)
@@ -193,14 +194,14 @@ class Program:
         expiring: dict[int, list[fx.Node]] = {}
         for node, at in last_use.items():
             expiring.setdefault(at, []).append(node)
-        with torch.no_grad():
-            for at, node in enumerate(self._nodes[: end + 1]):
-                if node in wanted:
+        for at, node in enumerate(self._nodes[: end + 1]):
+            if node in wanted:
+                with torch.no_grad():  # not around the yield: it would reach into the caller
                     values[node] = self._evaluate(node, values, images)
-                for split in ready.get(at, ()):
-                    yield split.layer.name, tuple(values[n] for n in split.crossing_nodes)
-                for gone in expiring.get(at, ()):
-                    values.pop(gone, None)
+            for split in ready.get(at, ()):
+                yield split.layer.name, tuple(values[n] for n in split.crossing_nodes)
+            for gone in expiring.get(at, ()):
+                values.pop(gone, None)
 
     def with_state(self, changes: Mapping[str, Tensor]) -> Program:
         """Return a program with some state replaced; this one stays as it is.
@@ -289,9 +290,7 @@ class Program:
         names = (self._sources.get(source) for source in sources)
         return tuple(dict.fromkeys(n for n in names if isinstance(n, str) and n in parameters))
 
-    def _describe(
-        self, name: str, kind: LayerKind, trained: tuple[str, ...], index: int
-    ) -> Layer:
+    def _describe(self, name: str, kind: LayerKind, trained: tuple[str, ...], index: int) -> Layer:
         call = self._calls[name][-1]
         weight = cast(fx.Node, call.args[1]).meta["val"]
         return Layer(
@@ -438,7 +437,8 @@ class Split:
 
 def _functionalized(exported: ExportedProgram) -> ExportedProgram:
     try:
-        return exported.run_decompositions({})
+        with _quiet_export():
+            return cast(ExportedProgram, exported.run_decompositions({}))
     except Exception as error:
         raise NetworkError(
             f"this exported program cannot be made functional: {_first_line(error)}; "
@@ -510,6 +510,15 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
+@contextmanager
+def _quiet_export() -> Iterator[None]:
+    # torch.export warns of deprecated parts of torch that it uses itself.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
 def _layer_name(node: fx.Node, trained: Sequence[str]) -> str:
     weight = trained[0]
     owner, _, entry = weight.rpartition(".")
@@ -550,12 +559,13 @@ def _is_batch_first(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() == 0:
         return False
-    first, *others = value.shape
+    first, *others = cast(Sequence[object], value.shape)
     return isinstance(first, torch.SymInt) and not any(isinstance(o, torch.SymInt) for o in others)
 
 
 def _is_batch_size(node: fx.Node) -> bool:
-    return node.target is aten.sym_size.int and isinstance(node.meta.get("val"), torch.SymInt)
+    is_free = isinstance(node.meta.get("val"), torch.SymInt)
+    return node.target is aten.sym_size.int and is_free
 
 
 # -------------------------------------------------------------------- compiling parts of it
@@ -656,8 +666,11 @@ def _compile(
         steps.append(_Step(slots[node].at, function, args, kwargs, ()))
     kept = tuple(slots[node].at for node in outputs)
     return _Compiled(
-        _with_frees(steps, kept), len(inputs), tuple(cast(str, sources[n]) for n in entries),
-        kept, len(slots),
+        _with_frees(steps, kept),
+        len(inputs),
+        tuple(cast(str, sources[n]) for n in entries),
+        kept,
+        len(slots),
     )
 
 
@@ -747,14 +760,17 @@ class _GuidedRectifier(torch.autograd.Function):
         return gradients[0].clamp(min=0) * active, None
 
 
+_GUIDED_RECTIFIER: Callable[..., Any] = _GuidedRectifier.apply
+
+
 def _guided_relu(inputs: Tensor) -> Tensor:
-    return cast(Tensor, _GuidedRectifier.apply(inputs, None))
+    return cast(Tensor, _GUIDED_RECTIFIER(inputs, None))
 
 
 def _guided_hardtanh(inputs: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
     if low != 0:
         return F.hardtanh(inputs, low, high)
-    return cast(Tensor, _GuidedRectifier.apply(inputs, high))
+    return cast(Tensor, _GUIDED_RECTIFIER(inputs, high))
 
 
 _GUIDED: dict[Any, Callable[..., Any]] = {

@@ -1,0 +1,192 @@
+"""The `audit` command: parse, call the library, print.
+
+What needs torch is imported by the commands themselves, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from audit import console
+
+app = typer.Typer(
+    help="Find the layer of an image classifier that makes systematic mistakes.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A state dict (.pt, .pth, .safetensors), an exported program (.pt2), a pickled "
+        "module, torchvision:NAME or timm:NAME.",
+        metavar="MODEL",
+    ),
+]
+ArchOption = Annotated[
+    str | None, typer.Option(help="Architecture of a state dict.", metavar="NAME")
+]
+ClassesOption = Annotated[
+    Path | None, typer.Option(help="Class names in output order, one a line.", metavar="FILE")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-pickle", help="Let a pickled module run the code it carries.")
+]
+CodeOption = Annotated[
+    Path | None, typer.Option(help="Folder with the code of a pickled module.", metavar="DIR")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no table.")]
+RunArgument = Annotated[
+    Path | None,
+    typer.Argument(help="Run folder; the newest under ./runs by default.", metavar="RUN"),
+]
+
+
+def main() -> None:
+    console.run_app(app)
+
+
+@app.command()
+def scan(
+    model: ModelArgument,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Image folder: one sub-folder per class, or train/val/test with those.",
+            metavar="DIR",
+        ),
+    ],
+    arch: ArchOption = None,
+    classes: ClassesOption = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers to try, as glob patterns; all by default.", metavar="GLOB"),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Saliency of the gallery's maps.",
+            metavar="gradcam|guided-gradcam|hirescam|layercam|gradients",
+        ),
+    ] = "gradcam",
+    limit: Annotated[
+        int | None, typer.Option(help="Scan a stratified sample of N images.", min=1, metavar="N")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a batch.", min=1)] = 32,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that load images; by itself by default.", min=0)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of splits, samples and bootstraps.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder that run folders are made in.", metavar="DIR")
+    ] = Path("runs"),
+    trust_pickle: TrustOption = False,
+    code: CodeOption = None,
+    fail_on_flag: Annotated[
+        bool, typer.Option("--fail-on-flag", help="Exit with 3 when a layer is flagged.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Scan predictions and saliency of a model and flag the layer at fault."""
+    from audit.scan import ScanConfig, ScanRequest, scan_model
+
+    config = ScanConfig(
+        layers=layers,
+        method=method,
+        limit=limit,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        seed=seed,
+    )
+    request = ScanRequest(
+        model=model,
+        data=data,
+        out=out,
+        arch=arch,
+        classes=classes,
+        trust_pickle=trust_pickle,
+        code=code,
+        command=("audit", *sys.argv[1:]),
+    )
+    run = scan_model(request, config)
+    if json:
+        from audit.files import json_text
+
+        sys.stdout.write(json_text({**run.info, "verdict": run.verdict, "run": str(run.path)}))
+        sys.stdout.write("\n")
+    else:
+        from audit.summary import scan_summary
+
+        console.stdout.print(scan_summary(run))
+    if fail_on_flag and run.verdict["verdict"] != "none":
+        from audit.errors import GateTripped
+
+        flagged = ", ".join(run.verdict["layers"][:3])
+        raise GateTripped(f"the scan flagged {flagged} ({run.verdict['verdict']})")
+
+
+@app.command("layers")
+def layers_command(
+    model: ModelArgument,
+    arch: ArchOption = None,
+    classes: ClassesOption = None,
+    trust_pickle: TrustOption = False,
+    code: CodeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List every layer that can be retrained alone: name, alias, kind, shape, parameters."""
+    from audit.networks import open_network
+
+    network = open_network(model, arch=arch, classes=classes, trust_pickle=trust_pickle, code=code)
+    rows = [
+        {
+            "name": layer.name,
+            "aliases": list(layer.aliases),
+            "kind": layer.kind,
+            "shape": list(layer.shape),
+            "parameters": layer.parameters,
+        }
+        for layer in network.program.layers
+    ]
+    if json:
+        from audit.files import json_text
+
+        sys.stdout.write(json_text({"model": model, "layers": rows}) + "\n")
+        return
+    from audit.summary import layers_table
+
+    console.stdout.print(layers_table(rows))
+
+
+@app.command()
+def report(
+    run: RunArgument = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file; RUN/report.html by default.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML file about a run and its newest repair."""
+    from audit.report import write_report
+    from audit.runs import newest_run, open_run
+
+    opened = newest_run(status="complete") if run is None else open_run(run)
+    print(write_report(opened, out))
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for images, model and run.", metavar="DIR")
+    ] = Path("layermend-demo"),
+    seed: Annotated[int, typer.Option(help="Of images, splits and training.")] = 0,
+) -> None:
+    """Tell the whole story on an embedded example: scan, repair, export, report."""
+    from audit.demo import run_demo
+
+    run_demo(out, seed=seed)
