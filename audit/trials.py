@@ -2,10 +2,11 @@
 
 Cheap scores do not find the layer at fault; trying to repair each one does. Every layer gets the
 same trial: one Adam step at several step sizes relative to the size of its weights, then a few more
-at the best of them, on the same images and with everything else frozen. What counts is how much of the cross entropy of *held-out*
-images a trial removes, images that were right and turn wrong included. The step size is chosen on
-one half of the held-out images and judged on the other, and the other way round, so that the best
-of several tries is not taken for a gain. The frozen prefix of every layer comes from one pass.
+at the best of them, on the same images and with everything else frozen. What counts is how much of
+the cross entropy of *held-out* images a trial removes, images that were right and turn wrong
+included. The step size is chosen on one half of the held-out images and judged on the other, and
+the other way round, so that the best of several tries is not taken for a gain. The frozen prefix
+of every layer comes from one pass.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class _Trial:
 
     def first_step(self, size: float) -> _Judged:
         """Return the held-out images after one step of that size."""
-        parameters, optimizer = self._stepped_once(size)
+        parameters, _ = self._stepped_once(size)
         return self._finish(size, parameters) if self.config.steps == 1 else self._judge(parameters)
 
     def last_step(self, size: float) -> _Judged:
