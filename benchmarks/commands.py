@@ -1,0 +1,58 @@
+"""Run layermend's commands as a user does: as child processes, each with its time and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import PIPE, Popen
+from tempfile import TemporaryFile
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A command that ended with exit code 0: what it printed and what it cost."""
+
+    arguments: list[str]
+    stdout: str
+    seconds: float
+    peak_memory_mib: float
+
+    def json(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.stdout)
+        return document
+
+
+def run_command(
+    arguments: Sequence[str | Path], *, working_directory: Path | None = None
+) -> Finished:
+    """Run `audit ...` or `repair ...` in this Python's environment.
+
+    Raises:
+        RuntimeError: The command did not exit with 0; the message holds the end of its stderr.
+    """
+    given = [str(argument) for argument in arguments]
+    command = [sys.executable, "-m", *given]
+    started_s = time.perf_counter()
+    with TemporaryFile("w+", encoding="utf-8") as errors:
+        child = Popen(command, stdout=PIPE, stderr=errors, cwd=working_directory, text=True)
+        assert child.stdout is not None
+        printed = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)  # the child's own peak, not that of all children
+        child.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - started_s
+        if child.returncode != 0:
+            errors.seek(0)
+            end = errors.read()[-2000:]
+            raise RuntimeError(f"`{' '.join(given)}` exited with {child.returncode}:\n{end}")
+    return Finished(
+        arguments=given,
+        stdout=printed,
+        seconds=seconds,
+        peak_memory_mib=usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+    )
