@@ -27,7 +27,9 @@ from audit.statistics import (
 
 SIGNIFICANCE = 0.05
 TOLERATED_ACCURACY_LOSS = 0.01  # how low the interval may reach where cross entropy is the gain
-MATERIAL_SHARE = 0.01  # of the cross entropy; less is certain in a paired test, yet worth nothing
+# Less cross entropy than both is certain in a paired test, yet worth nothing.
+MATERIAL_SHARE = 0.01
+MATERIAL_NATS = 0.005
 COLLAPSE_DROP = 0.10  # of one class's accuracy; smaller drops are noise or a fair price
 COLLAPSE_SHARE = 0.5  # a class that keeps less than this share of its accuracy has collapsed
 COLLAPSE_IMAGES = 3  # ... if at least so many of its images were lost
@@ -109,7 +111,7 @@ def compare(first: Predictions, second: Predictions, *, seed: int) -> Difference
         accuracy=accuracy_difference(first.right, second.right, seed=seed),
         cross_entropy=bootstrap_mean(second.cross_entropies - first.cross_entropies, seed=seed),
         mcnemar=mcnemar(first.right, second.right),
-        material_nats=MATERIAL_SHARE * float(first.cross_entropies.mean()),
+        material_nats=max(MATERIAL_NATS, MATERIAL_SHARE * float(first.cross_entropies.mean())),
     )
 
 
@@ -190,8 +192,9 @@ def _no_gain_sentence(difference: Difference) -> str:
     if difference.cross_entropy.high < 0:
         if -difference.cross_entropy.value < difference.material_nats:
             return (
-                f"It changed next to nothing: it {counts}, and the cross entropy fell by less than "
-                f"{100 * MATERIAL_SHARE:.0f} %."
+                f"It changed next to nothing: it {counts}, and the cross entropy fell by "
+                f"{-difference.cross_entropy.value:.4f} nats, where at least "
+                f"{difference.material_nats:.4f} count."
             )
         lowest = 100 * difference.accuracy.low
         return (

@@ -25,12 +25,12 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from audit import console
+from audit.environment import versions
 from audit.errors import ExportError, RunError
 from audit.files import replacing, sha256_file, write_json
 from audit.images import ImageFolder, iterate_batches
 from audit.networks import Network
 from audit.runs import RepairFolder, Run, open_repair
-from repair.environment import versions
 from repair.sources import open_scanned_images, open_scanned_network, positions
 
 OPSET = 18
@@ -103,9 +103,14 @@ def export_network(run: Run, request: ExportRequest) -> Exported:
     for stale in (target, target.with_name(FAILED_NAME), target.with_name("onnx.json")):
         stale.unlink(missing_ok=True)
 
-    with console.progress("exporting", None):
-        model = onnx_model(network, request.opset or OPSET)
-        changed = _changed_initializers(model, original, request.opset or OPSET, repair)
+    opset = request.opset or OPSET
+    with console.progress("exporting to ONNX", 1 if repair is None else 2) as bar:
+        model = onnx_model(network, opset)
+        bar.advance()
+        changed: list[str] = []
+        if repair is not None:
+            changed = _changed_initializers(onnx_model(original, opset), model)
+            bar.advance()
     _describe(model, network, repair)
     candidate = target.with_name(FAILED_NAME)
     with replacing(candidate) as temporary:
@@ -113,7 +118,7 @@ def export_network(run: Run, request: ExportRequest) -> Exported:
 
     proof = prove(candidate, network, images, positions(images, "test"))
     proof |= {
-        "opset": request.opset or OPSET,
+        "opset": opset,
         "layer": None if repair is None else repair.layer,
         "versions": versions("onnx", "onnxruntime-gpu", "onnxruntime", "onnxscript"),
         "sha256": sha256_file(candidate),
@@ -329,18 +334,14 @@ def _describe(model: onnx.ModelProto, network: Network, repair: RepairFolder | N
         model.metadata_props.add(key=key, value=value)
 
 
-def _changed_initializers(
-    model: onnx.ModelProto, original: Network, opset: int, repair: RepairFolder | None
-) -> list[str]:
-    """Return the initializers that an export of the original network has not, or has otherwise.
+def _changed_initializers(before: onnx.ModelProto, after: onnx.ModelProto) -> list[str]:
+    """Return the initializers of the repaired network that the original has not, or has otherwise.
 
     The exporter may fold batch normalization into the convolution before it; then the folded
     initializer of the repaired layer is what differs. Equal tensors may be stored once.
     """
-    if repair is None:
-        return []
-    before, after = (_initializers(m) for m in (onnx_model(original, opset), model))
-    return [name for name, value in after.items() if before.get(name) != value]
+    old, new = _initializers(before), _initializers(after)
+    return [name for name, value in new.items() if old.get(name) != value]
 
 
 def _initializers(model: onnx.ModelProto) -> dict[str, bytes]:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from audit import console
+from audit.environment import choose_device, device_record, peak_memory_mib, versions
 from audit.errors import RunError, UsageError
 from audit.files import replacing, sha256_file
 from audit.images import ImageFolder, SkippedFile, load_pixels
@@ -33,7 +34,6 @@ from audit.statistics import bootstrap_mean
 from repair.cache import GIB, CacheKind, CrossingTensors, cross_tensors, default_budget_bytes
 from repair.config import RepairConfig
 from repair.decision import Predictions, compare, decide, judge_penalty
-from repair.environment import choose_device, device_record, peak_memory_mib, versions
 from repair.losses import LOSSES
 from repair.maps import choose_gallery, map_similarity, true_class_maps
 from repair.sources import (
@@ -105,8 +105,13 @@ def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> Repa
     repair = resumed or run.start_repair(
         layer.name, _opening_record(network, layer, config, request, device)
     )
+    if resumed is not None:
+        resumed.write_info(status="running", failure=None)
     try:
         _Repair(repair, network, layer, config, request, images).finish()
+    except KeyboardInterrupt:
+        console.say("stopped; go on with `repair layer --resume`")
+        raise
     except Exception as error:
         repair.fail(f"{type(error).__name__}: {error}")
         raise
