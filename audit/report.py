@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "appendix",
     "class_rows",
+    "classes_note",
     "export_summary",
     "layer_rows",
     "profile_rows",
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 GALLERY_LIMIT = 12
+CLASS_LIMIT = 40
 SKIPPED_LIMIT = 200
 COMPARISON_NUMBERS = (
     "Accuracy",
@@ -87,13 +89,15 @@ def write_report(run: Run, output: Path | None = None) -> Path:
 # --- rows that the dashboard shows too ------------------------------------------------------------
 
 
-def profile_rows(layers: pd.DataFrame, flagged: Iterable[str] = ()) -> Forest:
+def profile_rows(
+    layers: pd.DataFrame, aliases: Mapping[str, str], flagged: Iterable[str] = ()
+) -> Forest:
     """Return the trial gain of each layer with its interval, in depth order."""
     chosen = set(flagged)
     return forest(
         {
-            "label": row["alias"] or row["name"],
-            "detail": row["name"] if row["alias"] not in (None, row["name"]) else "",
+            "label": aliases.get(row["name"], row["name"]),
+            "detail": row["name"] if row["name"] in aliases else "",
             "value": percent(row["trial_gain"]),
             "marks": [
                 (_interval(row, "trial_gain"), "bad" if row["name"] in chosen else "good", 0)
@@ -104,11 +108,11 @@ def profile_rows(layers: pd.DataFrame, flagged: Iterable[str] = ()) -> Forest:
     )
 
 
-def layer_rows(layers: pd.DataFrame) -> list[dict[str, str]]:
+def layer_rows(layers: pd.DataFrame, aliases: Mapping[str, str]) -> list[dict[str, str]]:
     """Return every layer with its evidence as text, most likely at fault first."""
     return [
         {
-            "Layer": f"{count(row['rank'])}. {row['alias'] or row['name']}",
+            "Layer": f"{count(row['rank'])}. {aliases.get(row['name'], row['name'])}",
             "What it is": f"{row['name']}, {row['kind']} {row['shape']}",
             "Trial gain": percent(row["trial_gain"]),
             "95 % interval": span(_interval(row, "trial_gain")),
@@ -123,10 +127,18 @@ def layer_rows(layers: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def class_rows(before: Mapping[str, Any], after: Mapping[str, Any] | None = None) -> Forest:
-    """Return the accuracy of each class, before and after where there is one; lowest first."""
+    """Return the accuracy of the lowest classes, before and after where there is one."""
     later = {row["name"]: row for row in (after or {}).get("per_class") or []}
     first = sorted(before.get("per_class") or [], key=lambda row: row["value"] or 0)
-    return forest(_class_row(row, later.get(row["name"]), after is not None) for row in first)
+    shown = first[:CLASS_LIMIT]
+    return forest(_class_row(row, later.get(row["name"]), after is not None) for row in shown)
+
+
+def classes_note(metrics: Mapping[str, Any]) -> str:
+    """Return which classes `class_rows` shows, and of how many images."""
+    classes = len(metrics.get("per_class") or [])
+    shown = f", the {CLASS_LIMIT} lowest of {classes} classes" if classes > CLASS_LIMIT else ""
+    return f"{count(metrics.get('n'), 'images')}{shown}."
 
 
 def _class_row(
@@ -162,7 +174,7 @@ def _context(run: Run) -> dict[str, Any]:
     verdict: dict[str, Any] = attempt(lambda: run.verdict, {})
     table = attempt(lambda: run.layers, None)
     flagged = [str(name) for name in verdict.get("layers") or []]
-    aliases = dict(zip(table["name"], table["alias"], strict=True)) if table is not None else {}
+    aliases = run.aliases if table is not None else {}
     repairs = run.repairs
     chosen = next((one for one in repairs if one.decision), repairs[0] if repairs else None)
     source = _gallery_source(run, chosen)
@@ -177,8 +189,8 @@ def _context(run: Run) -> dict[str, Any]:
         "reasons": _strings(verdict.get("reasons")),
         "decision": _decision(chosen) if chosen else None,
         "scan": scan_figures(run.info) if run.info.get("metrics") else [],
-        "profile": profile_rows(table, flagged) if table is not None else None,
-        "layers": layer_rows(table) if table is not None else [],
+        "profile": profile_rows(table, aliases, flagged) if table is not None else None,
+        "layers": layer_rows(table, aliases) if table is not None else [],
         "layer_numbers": LAYER_NUMBERS,
         "flagged_rows": _flagged_places(table, flagged) if table is not None else [],
         "repair": _repair(chosen) if chosen else None,
@@ -233,6 +245,7 @@ def _repair(repair: RepairFolder) -> dict[str, Any]:
         "penalty": penalty.get("sentence", ""),
         "comparison": comparison_rows(info) if finished else [],
         "classes": class_rows(info.get("before") or {}, info.get("after") or {}),
+        "classes_note": classes_note(info.get("before") or {}),
         "facts": repair_facts(info),
     }
 

@@ -293,6 +293,15 @@ class Run(_Folder):
         return self._table("layers.parquet", RUN_LAYERS)
 
     @property
+    def aliases(self) -> dict[str, str]:
+        """The alias of each layer that has one, by the layer's name."""
+        pairs = zip(self.layers["name"], self.layers["alias"], strict=True)
+        # A missing text is None or NaN, as pandas' version has it.
+        return {
+            name: alias for name, alias in pairs if isinstance(alias, str) and alias not in ("", name)
+        }
+
+    @property
     def repairs(self) -> list[RepairFolder]:
         """Every readable repair of this run, newest first."""
         return _survey(self.path / "repairs", RepairFolder)[0]

@@ -11,7 +11,6 @@ from dashboard.selection import choose
 FRAME = """
 [data-testid="stMainBlockContainer"] { max-width: 76rem;
                                        padding: 4.6rem clamp(1rem, 4vw, 3rem) 4rem; }
-@media (min-width: 800px) { [data-testid="stSidebar"][aria-expanded="true"] { min-width: 20rem; } }
 [data-testid="stSidebarUserContent"] { padding-top: 1rem; }
 .lm-wordmark { font-size: 1.15rem; font-weight: 680; letter-spacing: -.02em; margin: 0; }
 """

@@ -17,7 +17,7 @@ import streamlit as st
 from audit.errors import RunError
 from audit.rendering import part
 from audit.runs import DamagedFolder, RepairFolder, Run, list_damaged_runs, list_runs, open_run
-from audit.wording import count, layer_title, moment
+from audit.wording import count, moment
 from dashboard.cli import RUNS_VARIABLE
 
 __all__ = ["aliases", "choose", "command", "problems_shown", "selected"]
@@ -52,13 +52,13 @@ def problems_shown() -> Iterator[None]:
     try:
         yield
     except RunError as error:
-        st.html(part("banner", "open", str(error)))
+        st.html(part("banner", "open", "This part cannot be shown.", [str(error)]))
 
 
 def aliases(run: Run) -> dict[str, str]:
-    """Return the alias of each layer by its name; empty where the layers cannot be read."""
+    """Return the alias of each layer by its name; empty where they cannot be read."""
     try:
-        return dict(zip(run.layers["name"], run.layers["alias"], strict=True))
+        return run.aliases
     except RunError:  # the page of the layers says so
         return {}
 
@@ -81,7 +81,7 @@ def _readable(root: Path) -> tuple[list[Run], list[DamagedFolder]]:
 
 def _pick_run(runs: Sequence[Run]) -> Run:
     by_name = {run.name: run for run in runs}
-    labels = _distinct({name: _run_label(run) for name, run in by_name.items()})
+    labels = _distinct({name: [_run_label(run)] for name, run in by_name.items()})
     name = st.selectbox("Run", list(by_name), format_func=lambda name: labels[name])
     return by_name.get(name) or runs[0]
 
@@ -91,7 +91,7 @@ def _pick_repair(repairs: Sequence[RepairFolder]) -> RepairFolder | None:
         st.caption("No repair in this run yet.")
         return None
     by_name = {repair.name: repair for repair in repairs}
-    labels = _distinct({name: _repair_label(repair) for name, repair in by_name.items()})
+    labels = _distinct({name: _repair_labels(repair) for name, repair in by_name.items()})
     # The newest that came to a decision, as in the report.
     first = next((place for place, repair in enumerate(repairs) if repair.decision), 0)
     name = st.selectbox(
@@ -109,15 +109,22 @@ def _run_label(run: Run) -> str:
     return f"{name}, {_short(run.created_utc)}{state}"
 
 
-def _repair_label(repair: RepairFolder) -> str:
-    title = repair.info.get("alias") or layer_title(repair.layer)
-    return f"{title}, {repair.decision or repair.status}, {_short(repair.created_utc)}"
+def _repair_labels(repair: RepairFolder) -> list[str]:
+    """Return a short label, and one that holds the time too."""
+    label = f"{repair.info.get('alias') or repair.layer}, {repair.decision or repair.status}"
+    return [label, f"{label}, {_short(repair.created_utc)}"]
 
 
-def _distinct(labels: dict[str, str]) -> dict[str, str]:
-    """Return labels that differ: Streamlit picks by label, so folder names replace equal ones."""
-    seen = Counter(labels.values())
-    return {name: label if seen[label] == 1 else name for name, label in labels.items()}
+def _distinct(labels: dict[str, list[str]]) -> dict[str, str]:
+    """Return for each folder the first of its labels that no other has, else its own name.
+
+    Streamlit picks by label: two equal ones would be one choice.
+    """
+    seen = Counter(label for candidates in labels.values() for label in candidates)
+    return {
+        name: next((label for label in candidates if seen[label] == 1), name)
+        for name, candidates in labels.items()
+    }
 
 
 def _short(created_utc: str) -> str:

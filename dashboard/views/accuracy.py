@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from audit.rendering import part
-from audit.report import class_rows
+from audit.report import class_rows, classes_note
 from audit.runs import RepairFolder, Run
-from audit.wording import count
 from dashboard.charts import history_chart
 from dashboard.selection import problems_shown, selected
 
@@ -29,7 +28,7 @@ def main() -> None:
 
 def _show_repair(repair: RepairFolder) -> None:
     info = repair.info
-    note = f"{count(info['after'].get('n'), 'held-out images')} that training never saw."
+    note = f"On images that training never saw: {classes_note(info.get('before') or {})}"
     st.html(part("section", "Accuracy of each class, before and after", note))
     st.html(part("legend", [("bad", "before"), ("good", "after")]))
     st.html(part("forest", class_rows(info.get("before") or {}, info["after"])))
@@ -53,7 +52,13 @@ def _show_repair(repair: RepairFolder) -> None:
 
 def _show_scan(run: Run) -> None:
     metrics: dict[str, Any] = (run.info.get("metrics") or {}).get("all") or {}
-    st.html(part("section", "Accuracy of each class", "On every image of the scan."))
+    st.html(
+        part(
+            "section",
+            "Accuracy of each class",
+            f"On every image of the scan: {classes_note(metrics)}",
+        )
+    )
     if not metrics:
         st.html(part("banner", "open", "This scan has measured nothing yet."))
         return

@@ -40,7 +40,7 @@ def _show_proof(run: Run, repair: RepairFolder) -> None:
         st.html(part("banner", "bad", sentence))
     if export["rows"]:
         st.html(part("pairs", export["rows"]))
-    elif repair.decision:
+    elif repair.decision == "accepted":
         st.markdown("Export it, with the check on held-out images:")
         st.code(command(run, "repair", "export"), language=None)
 

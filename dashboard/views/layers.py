@@ -85,7 +85,9 @@ def main() -> None:
     run, _ = selected()
     st.html(part("section", "Layers, from input to output"))
     with problems_shown():
-        layers = run.layers.assign(title=run.layers["alias"].fillna(run.layers["name"]))
+        known = run.aliases
+        titles = [known.get(name, name) for name in run.layers["name"]]
+        layers = run.layers.assign(title=titles)
         flagged = _flagged(run)
         _show_profile(layers, flagged)
         _show_ranking(layers, flagged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
+from audit.errors import RunError
 from audit.rendering import part
 from audit.report import COMPARISON_NUMBERS, appendix, export_summary, repair_tone
 from audit.runs import RepairFolder, Run
@@ -32,9 +33,8 @@ def main() -> None:
     if run.info.get("metrics"):
         st.html(part("section", "The network as scanned", "On every image of the scan."))
         st.html(part("figures", scan_figures(run.info)))
-    if repair is None and run.status == "complete":
-        st.markdown("Retrain the layer, with controls:")
-        st.code(command(run, "repair", "layer"), language=None)
+    if repair is None:
+        _show_next_step(run)
     with st.expander("How it was made"):
         for name, facts in appendix(run, repair):
             st.html(part("section", name) + part("pairs", facts))
@@ -60,6 +60,16 @@ def _show_verdict(run: Run) -> None:
     if verdict.get("confidence") is not None:
         reasons.append(f"Confidence: {percent(verdict['confidence'], 0)}.")
     st.html(part("headline", eyebrow, verdict_headline(verdict, aliases(run)), reasons))
+
+
+def _show_next_step(run: Run) -> None:
+    try:
+        layers = run.verdict.get("layers") or []
+    except RunError:  # said at the top of the page
+        return
+    if layers and run.status == "complete":
+        st.markdown("Retrain this layer alone, beside its controls:")
+        st.code(command(run, "repair", "layer", "--name", str(layers[0])), language=None)
 
 
 def _show_repair(repair: RepairFolder) -> None:

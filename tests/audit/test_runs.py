@@ -76,6 +76,12 @@ def test_rows_and_columns_write_the_same_table(tmp_path: Path) -> None:
     assert by_rows.equals(run.layers)
 
 
+def test_only_layers_that_have_an_alias_are_given_one(tmp_path: Path) -> None:
+    run = start_run(tmp_path, "m")
+    run.write_layers({"name": ["a", "b", "c", "d"], "alias": ["block1_conv1", None, "", "d"]})
+    assert run.aliases == {"a": "block1_conv1"}
+
+
 def test_columns_of_different_lengths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="different lengths"):
         start_run(tmp_path, "m").write_layers({"name": ["a"], "rank": [1, 2]})

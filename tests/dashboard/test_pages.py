@@ -101,10 +101,24 @@ def test_a_rejected_repair_says_so_and_why(visit, runs) -> None:  # type: ignore
     assert "Not exported yet." in text
 
 
-def test_a_run_without_a_repair_names_the_command_for_one(visit, runs) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_without_a_repair_names_the_command_for_one(visit, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    run = build_run(tmp_path, images=120)
+    app = visit(run.path)
+    assert "One layer stands out" in _text(app)
+    expected = f"repair layer --name {FAULTY} --run {run.path}"
+    assert [code.value for code in app.code] == [expected]
+
+
+def test_a_healthy_network_is_not_sent_to_repair(visit, runs) -> None:  # type: ignore[no-untyped-def]
     app = visit(runs["healthy"].path)
     assert "No layer stands out" in _text(app)
-    assert [code.value for code in app.code] == [f"repair layer --run {runs['healthy'].path}"]
+    assert not app.code
+
+
+def test_a_rejected_repair_is_not_sent_to_export(visit, runs) -> None:  # type: ignore[no-untyped-def]
+    app = visit(runs["rejected"].path, "export")
+    assert "The repair itself was rejected" in _text(app)
+    assert not app.code
 
 
 def test_a_running_scan_shows_what_it_has(visit, runs) -> None:  # type: ignore[no-untyped-def]
