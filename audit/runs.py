@@ -298,7 +298,9 @@ class Run(_Folder):
         pairs = zip(self.layers["name"], self.layers["alias"], strict=True)
         # A missing text is None or NaN, as pandas' version has it.
         return {
-            name: alias for name, alias in pairs if isinstance(alias, str) and alias not in ("", name)
+            name: alias
+            for name, alias in pairs
+            if isinstance(alias, str) and alias not in ("", name)
         }
 
     @property
