@@ -126,7 +126,9 @@ def _facts(entry: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if repaired:
         yield "Says after", str(entry["predicted_after_name"])
     if entry.get("p_true") is not None:
-        yield "Chance of the label", percent(entry["p_true"])
+        later = entry.get("p_true_after")
+        change = "" if later is None else f" \N{RIGHTWARDS ARROW} {percent(later)}"
+        yield "Chance of the label", f"{percent(entry['p_true'])}{change}"
     if entry.get("ssim") is not None:
         yield "Similarity of maps", number(entry["ssim"], 2)
 

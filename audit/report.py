@@ -258,7 +258,7 @@ def repair_facts(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     if frozen:
         facts.append(("Changed tensors", ", ".join(_strings(frozen.get("changed"))) or "none"))
         same = f"{count(frozen.get('identical'))} of {count(frozen.get('tensors'))} bit-identical"
-        facts.append(("All tensors", same))
+        facts.append(("Tensors outside the layer", same))
     if cache:
         held = f"{cache.get('kind')}, {byte_size(cache.get('bytes'))}"
         facts.append(("Frozen prefix", held))

@@ -98,6 +98,15 @@ def test_only_a_passed_proof_is_called_good() -> None:
     assert "do not ship" in export_headline({})
 
 
+def test_images_that_the_export_answers_otherwise_are_named() -> None:
+    rows = dict(proof_rows({"top1_mismatches": ["a/1.png", "b/2.png"]}))
+    assert rows["Different top answer"] == "2: a/1.png, b/2.png"
+    many = dict(proof_rows({"top1_mismatches": [f"{n}.png" for n in range(40)]}))
+    assert many["Different top answer"].startswith("40: 0.png")
+    assert many["Different top answer"].endswith("and more")
+    assert dict(proof_rows({"top1_mismatches": []}))["Different top answer"] == "0"
+
+
 def test_empty_documents_make_empty_figures_and_no_errors() -> None:
     for figures in (scan_figures({}), repair_figures({})):
         assert {figure.value for figure in figures} == {"n/a"}
