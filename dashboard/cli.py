@@ -7,13 +7,14 @@ are off, and every font and script comes from the installed package.
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from audit.console import run_app
-from audit.errors import RunError
+from audit.errors import LayermendError, RunError
 
 __all__ = ["RUNS_VARIABLE", "app", "main", "streamlit_arguments"]
 
@@ -48,7 +49,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def dashboard(
     runs: Annotated[
-        Path, typer.Argument(help="A run folder, or a folder of runs.", metavar="[RUNS]")
+        Path, typer.Argument(help="A run folder, or a folder of runs.", metavar="RUNS")
     ] = Path("runs"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
     host: Annotated[
@@ -59,6 +60,7 @@ def dashboard(
     """Look at scans and repairs in the browser."""
     if not runs.is_dir():
         raise RunError(f"no folder {runs}; start with `audit scan MODEL --data DIR`")
+    _require_free(host, port)
     os.environ[RUNS_VARIABLE] = str(runs.resolve())
     from streamlit.web.cli import main as streamlit
 
@@ -79,6 +81,17 @@ def streamlit_arguments(host: str, port: int) -> list[str]:
         **THEME,
     }
     return ["run", str(APP), *(f"--{name}={value}" for name, value in options.items())]
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise where the address cannot be listened on; Streamlit's own message has no remedy."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise LayermendError(
+            f"cannot listen on {host}:{port} ({reason}); choose another with --port or --host"
+        ) from error
 
 
 def main() -> None:

@@ -44,6 +44,13 @@ def test_a_port_out_of_range_is_wrong_usage(tmp_path: Path) -> None:
     assert _dashboard(str(tmp_path), "--port", "70000").returncode == 2
 
 
+def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        done = _dashboard(str(tmp_path), "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "--port" in done.stderr
+
+
 def test_nothing_is_reported_and_nobody_else_is_served_unless_asked() -> None:
     arguments = streamlit_arguments("localhost", 8501)
     assert "--server.address=localhost" in arguments
