@@ -85,8 +85,9 @@ def streamlit_arguments(host: str, port: int) -> list[str]:
 
 def _require_free(host: str, port: int) -> None:
     """Raise where the address cannot be listened on; Streamlit's own message has no remedy."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port)).close()
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
         reason = error.strerror or error
         raise LayermendError(
