@@ -26,6 +26,7 @@ from audit.wording import (
     export_headline,
     layer_title,
     method_title,
+    model_title,
     moment,
     number,
     percent,
@@ -179,12 +180,12 @@ def _context(run: Run) -> dict[str, Any]:
     chosen = next((one for one in repairs if one.decision), repairs[0] if repairs else None)
     source = _gallery_source(run, chosen)
     no_cards: list[Card] = []
-    model = run.info.get("model") or {}
+    network = model_title((run.info.get("model") or {}).get("source", run.name))
     return {
         "layermend": __version__,
-        "title": f"{model.get('source', run.name)}: layermend report",
+        "title": f"{network}: layermend report",
         "folder": run.name,
-        "eyebrow": f"{model.get('source', run.name)}, scanned {moment(run.created_utc)}",
+        "eyebrow": f"{network}, scanned {moment(run.created_utc)}",
         "headline": verdict_headline(verdict, aliases),
         "reasons": _strings(verdict.get("reasons")),
         "decision": _decision(chosen) if chosen else None,

@@ -7,6 +7,7 @@ the documents of a run folder as they lie on disk. A number that is not there re
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +22,7 @@ __all__ = [
     "export_headline",
     "layer_title",
     "method_title",
+    "model_title",
     "moment",
     "number",
     "p_value",
@@ -135,6 +137,11 @@ def span(interval: Document | None, kind: str = "percent") -> str:
     return f"{_minus(100 * low, 1)} to {_minus(100 * high, 1)}{PERCENT}"
 
 
+def model_title(source: Any) -> str:
+    """Return a network's source without the folders that one machine has."""
+    return re.split(r"[/\\]", str(source))[-1] if source else NOT_THERE
+
+
 def layer_title(name: str, alias: str | None = None) -> str:
     """Return `block5_conv3 (features.28)`, or the name alone where there is no other alias."""
     return f"{alias} ({name})" if alias and alias != name else name
@@ -160,7 +167,7 @@ def verdict_headline(verdict: Document, aliases: Mapping[str, str] | None = None
                 f"The fault is spread over {count(len(titles), 'layers')}; none stands out alone."
             )
         case "none":
-            return "No layer stands out: no trial repair finds a fault worth repairing."
+            return "No layer stands out."
     return "This scan left no verdict that can be read."
 
 
@@ -172,7 +179,7 @@ def decision_headline(repair: Document) -> str:
         case "accepted":
             return f"Repair accepted: {change}."
         case "rejected":
-            return f"Repair rejected: {change}, and that is not good enough."
+            return f"Repair rejected: {change}."
     if repair.get("status") == "failed":
         return f"The repair failed: {repair.get('failure') or 'no reason was recorded'}."
     return "The repair has not finished; there is no decision yet."

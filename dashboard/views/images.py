@@ -106,6 +106,7 @@ def _show_cards(folder: Run | RepairFolder, places: list[int], method: str, laye
             "Shown",
             starts,
             format_func=lambda n: f"{n + 1} to {min(n + PER_PAGE, len(places))} of {len(places)}",
+            width=FILTER_WIDTH,
         )
     else:
         st.caption(count(len(places), "images"))

@@ -12,6 +12,7 @@ from audit.wording import (
     comparison_rows,
     decision_headline,
     layer_title,
+    model_title,
     moment,
     percent,
     repair_figures,
@@ -51,7 +52,7 @@ def _show_state(run: Run) -> None:
 
 def _show_verdict(run: Run) -> None:
     model = run.info.get("model") or {}
-    eyebrow = f"{model.get('source', run.name)}, scanned {moment(run.created_utc)}"
+    eyebrow = f"{model_title(model.get('source', run.name))}, scanned {moment(run.created_utc)}"
     if run.status == "running" and not (run.path / "verdict.json").is_file():
         st.html(part("headline", eyebrow, "No verdict yet."))
         return

@@ -13,6 +13,7 @@ from audit.wording import (
     decision_headline,
     export_headline,
     layer_title,
+    model_title,
     moment,
     number,
     p_value,
@@ -56,6 +57,9 @@ NBSP, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
         (layer_title("features.28", "block5_conv3"), "block5_conv3 (features.28)"),
         (layer_title("fc", "fc"), "fc"),
         (layer_title("fc", None), "fc"),
+        (model_title("/home/me/models/vgg.pt"), "vgg.pt"),
+        (model_title("C:\\models\\vgg.pt"), "vgg.pt"),
+        (model_title("timm:tf_efficientnet_lite0"), "timm:tf_efficientnet_lite0"),
     ],
 )
 def test_numbers_read_as_expected(said: str, expected: str) -> None:
