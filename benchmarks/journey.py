@@ -146,7 +146,7 @@ def planted_network(
 ) -> dict[str, Any] | None:
     """Return how one case was planted and where its network lies; None if no fault took.
 
-    Layers are tried in the order that was drawn; every try is recorded.
+    Layers are tried in the order that was drawn; every try is recorded, and none made twice.
     """
     home = options.work / f"case-{part}"
     record = home / "planted.json"
@@ -155,10 +155,14 @@ def planted_network(
     healthy_state = {name: value.clone() for name, value in network.state_dict().items()}
     test = photos("test", 500, seed=options.seed)
     healthy = _healthy_behavior(network, options)
-    tries = []
+    tries_path = home / "tries.json"
+    tries = read_json(tries_path)["tries"] if tries_path.exists() else []
+    failed = [(attempt["layer"], attempt["recipe"]) for attempt in tries]
     try:
         for layer in layers[: options.tries]:
             for recipe in RECIPES:
+                if (layer, asdict(recipe)) in failed:
+                    continue
                 network.load_state_dict(healthy_state)
                 attempt = plant_shortcut(
                     network,
@@ -172,7 +176,7 @@ def planted_network(
                 attempt["test"] = asdict(behavior)
                 attempt["took"] = took(behavior, Behavior(**healthy["test"]))
                 tries.append(attempt)
-                write_json(home / "tries.json", {"tries": tries})
+                write_json(tries_path, {"tries": tries})
                 print(f"case {part}: {layer}: {behavior}, took: {attempt['took']}", flush=True)
                 if attempt["took"]:
                     write_program(network, home / "model.pt2", planted=layer)
@@ -243,7 +247,8 @@ def run_case(planted: dict[str, Any], folder: Path, options: argparse.Namespace)
         ]
     )
     run = newest_run(runs)
-    name = [] if run.verdict["verdict"] == "localized" else ["--name", _first_ranked(run.layers)]
+    # Without --name the verdict's first layer is repaired; a verdict `none` names no layer.
+    name = ["--name", _first_ranked(run.layers)] if run.verdict["verdict"] == "none" else []
     repair = run_command(["repair", "layer", "--run", run.path, *name, *options.repair])
     export = run_command(["repair", "export", "--run", run.path])
     report = run_command(["audit", "report", run.path])

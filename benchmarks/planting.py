@@ -36,7 +36,7 @@ class Recipe:
 
 RECIPES = (
     Recipe(lr=2e-3, steps=240, clean_weight=0.5),
-    Recipe(lr=5e-4, steps=400, clean_weight=1.0),
+    Recipe(lr=6e-3, steps=240, clean_weight=0.5),
 )
 _CHECK_EVERY = 20
 
