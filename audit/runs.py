@@ -387,6 +387,11 @@ class RepairFolder(_Folder):
     def card(self) -> Path:
         return self.path / "weights.toml"
 
+    @property
+    def program(self) -> Path:
+        """The repaired network as an exported program, where its architecture has no name."""
+        return self.path / "model.pt2"
+
     def maps(self, method: str, layer: str, when: When) -> np.ndarray:
         """Return the gallery's maps before or after the repair, (N, h, w) float32 in [0, 1]."""
         return self._maps(method, layer, when)

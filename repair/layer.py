@@ -11,6 +11,7 @@ Everything lands in a folder inside the run; a repair that was killed resumes th
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from audit import console
 from audit.environment import choose_device, device_record, peak_memory_mib, versions
 from audit.errors import RunError, UsageError
-from audit.files import replacing, sha256_file
+from audit.files import replacing, sha256_file, write_bytes
 from audit.images import ImageFolder, SkippedFile, load_pixels
 from audit.networks import Layer, Network, Split, write_card
 from audit.networks.network import sha256_state
@@ -321,7 +323,13 @@ class _Repair:
             "repaired_from": Path(self.network.source).name,
             "repaired_from_sha256": self.network.sha256,
         }
-        write_card(replace(network.card, provenance=provenance), self.folder.card)
+        card = replace(network.card, provenance=provenance)
+        write_card(card, self.folder.card)
+        if network.card.arch is None:  # weights alone could not be opened again
+            buffer = io.BytesIO()
+            torch.export.save(network.program.to_exported(), buffer)
+            write_bytes(self.folder.program, buffer.getvalue())
+            write_card(card, self.folder.program.with_suffix(".toml"))
         # Judged by what lies on the disk; constants that no state dict holds, by the network.
         now = _hashes({**state, **load_file(self.folder.weights)})
         changed = [name for name, value in hashes.items() if now.get(name) != value]

@@ -18,14 +18,21 @@ import repair.layer
 from audit.errors import LayerNotFoundError, RunError, UsageError
 from audit.files import read_json, sha256_file, write_json
 from audit.images import ImageFolder, load_pixels
-from audit.networks import Network, open_network, read_card
+from audit.networks import ModelCard, Network, open_network, read_card, write_card
 from audit.runs import RepairFolder, Run, open_repair, open_run
 from audit.saliency import layer_maps, normalize_maps
 from audit.statistics import mcnemar
 from repair.config import RepairConfig
 from repair.layer import RepairRequest, repair_layer
 
-from .conftest import CLASSES, CONFIG, DAMAGED, draw_photos, whole_network_predictions
+from .conftest import (
+    CLASSES,
+    CONFIG,
+    DAMAGED,
+    draw_photos,
+    whole_network_predictions,
+    write_run,
+)
 
 MakeRun = Callable[..., Run]
 
@@ -84,6 +91,26 @@ def test_the_written_network_opens_and_says_what_the_record_says(
     card = read_card(repair.card)
     assert card.classes == CLASSES
     assert card.provenance["repaired_layer"] == DAMAGED
+
+
+def test_a_network_without_a_named_architecture_is_written_as_a_program(
+    network: Network,
+    photos: Path,
+    folder: ImageFolder,
+    card: ModelCard,
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "shapes.pt2"
+    torch.export.save(network.program.to_exported(), source)
+    write_card(replace(card, arch=None, arch_args={}), source.with_suffix(".toml"))
+    program = open_network(str(source))
+    run = write_run(tmp_path / "runs", photos, source, program, folder)
+    repair = repair_layer(run, replace(CONFIG, epochs=1, controls=False), RepairRequest())
+    again = open_network(str(repair.program))
+    weights = load_file(repair.weights)
+    assert all(torch.equal(again.program.state[name], value) for name, value in weights.items())
+    predictions = whole_network_predictions(again, folder, folder.positions("test"))
+    assert repair.images["predicted_after"].tolist() == predictions.predicted.tolist()
 
 
 def test_the_comparison_is_computed_from_the_table(finished: tuple[Run, RepairFolder]) -> None:
