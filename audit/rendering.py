@@ -1,7 +1,7 @@
 """Templates filled in: the parts of the report and of the dashboard, as escaped HTML.
 
-Autoescaping is on for every template and nothing is ever marked safe, so a file or class name that
-holds markup is shown as the text it is.
+Autoescaping is on for every template and no text is ever marked safe, so a file or class name that
+holds markup is shown as the text it is. Backticks in sentences become code, escaped like the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from audit.wording import percent
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 __all__ = ["Forest", "ForestRow", "Mark", "forest", "page", "part", "stylesheet"]
 
@@ -143,4 +144,16 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals.update(tones=TONES, color_scale=color_scale())
+    environment.filters["code_spans"] = _code_spans
     return environment
+
+
+def _code_spans(sentence: str) -> Markup:
+    """Set what stands between backticks as code; everything is escaped."""
+    from markupsafe import Markup
+
+    parts = sentence.split("`")
+    if len(parts) % 2 == 0:  # a backtick without its partner is only a backtick
+        return Markup.escape(sentence)
+    marked = [Markup("<code>{}</code>" if i % 2 else "{}").format(p) for i, p in enumerate(parts)]
+    return Markup("").join(marked)

@@ -14,7 +14,6 @@ from audit.wording import (
     layer_title,
     model_title,
     moment,
-    percent,
     repair_figures,
     scan_figures,
     verdict_headline,
@@ -58,8 +57,6 @@ def _show_verdict(run: Run) -> None:
         return
     verdict = run.verdict
     reasons = [str(reason) for reason in verdict.get("reasons") or []]
-    if verdict.get("confidence") is not None:
-        reasons.append(f"Confidence: {percent(verdict['confidence'], 0)}.")
     st.html(part("headline", eyebrow, verdict_headline(verdict, aliases(run)), reasons))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from audit.rendering import part
 from audit.report import write_report
 from audit.runs import Run
 from tests.run_builder import HOSTILE_CLASS, HOSTILE_NAME, build_all, build_run
@@ -145,3 +146,9 @@ def test_the_report_reads_on_paper_on_a_phone_and_in_the_dark(
     assert "@media print" in document.styles
     viewport = [a for tag, a in document.tags if tag == "meta" and a.get("name") == "viewport"]
     assert re.search("width=device-width", str(viewport[0]["content"]))
+
+
+def test_backticks_become_code_and_nothing_inside_them_becomes_markup() -> None:
+    shown = part("headline", "", "Verdict", ["Retrain `<b>conv</b>` & `fc` alone.", "odd ` one"])
+    assert "Retrain <code>&lt;b&gt;conv&lt;/b&gt;</code> &amp; <code>fc</code> alone." in shown
+    assert "odd ` one" in shown
