@@ -101,7 +101,9 @@ def judge(
     tied_names = tuple(trial.layer.name for trial in ranked if trial in tied)
     confidence = _share_first(ranked, seed)
     numbers["tied"] = [
-        {"layer": trial.layer.name, "gain": trial.gain.as_dict()} for trial in ranked[: len(tied)]
+        {"layer": trial.layer.name, "gain": trial.gain.as_dict()}
+        for trial in ranked
+        if trial.layer.name in tied_names
     ]
     numbers["leads"] = [{"layer": trial.layer.name, **lead.as_dict()} for trial, lead in leads[:5]]
     reasons = [_first_reason(ranked, steps)]

@@ -1,0 +1,179 @@
+"""Evidence equals slow references: autograd on the module, loops over images, scikit-learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from audit.evidence import LayerEvidence, gather_evidence
+from audit.networks.program import Program
+from audit.saliency import layer_maps, normalize_maps
+from tests.audit.example_networks import NETWORKS, SIZE, images, labels, network
+
+IMAGES = 7
+SPLITS = {"together": [7], "uneven": [3, 3, 1], "alone": [1] * 7}
+
+
+@pytest.fixture(scope="module", params=list(NETWORKS))
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Program]:
+    module = network(request.param, torch.float64)
+    return module, Program.capture(module, SIZE)
+
+
+def gathered(program: Program, sizes: Sequence[int]) -> dict[str, LayerEvidence]:
+    given, targets = images(sum(sizes), program.dtype), labels(sum(sizes))
+    batches = list(zip(given.split(list(sizes)), targets.split(list(sizes)), strict=True))
+    found = gather_evidence(program, batches, list(program.layers), seed=0)
+    assert [scores.layer for scores in found] == list(program.layers)
+    return {scores.layer.name: scores for scores in found}
+
+
+def module_gradients(module: nn.Module, given: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Gradient of the mean cross entropy of the images, by parameter name, by backward()."""
+    module.zero_grad()
+    F.cross_entropy(module(given), targets).backward()
+    return {
+        name: value.grad.clone()
+        for name, value in module.named_parameters()
+        if value.grad is not None
+    }
+
+
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+def test_gradient_norms_are_those_of_all_images_at_once_whatever_the_batches(
+    case: tuple[nn.Module, Program], sizes: list[int]
+) -> None:
+    module, program = case
+    found = gathered(program, sizes)
+    expected = module_gradients(module, images(IMAGES, torch.float64), labels(IMAGES))
+    parameters = dict(module.named_parameters())
+    for name, scores in found.items():
+        own = scores.layer.parameter_names
+        norm = math.sqrt(sum(float((expected[entry] ** 2).sum()) for entry in own))
+        weights = math.sqrt(sum(float((parameters[entry].detach() ** 2).sum()) for entry in own))
+        assert norm > 0
+        assert scores.gradient_norm == pytest.approx(norm, rel=1e-9), name
+        assert scores.relative_gradient_norm == pytest.approx(norm / weights, rel=1e-9), name
+
+
+def test_signal_to_noise_is_the_mean_over_the_variance_of_image_gradients(
+    case: tuple[nn.Module, Program],
+) -> None:
+    module, program = case
+    found = gathered(program, [1] * IMAGES)
+    given, targets = images(IMAGES, torch.float64), labels(IMAGES)
+    alone = [module_gradients(module, given[i : i + 1], targets[i : i + 1]) for i in range(IMAGES)]
+    for name, scores in found.items():
+        signal = noise = 0.0
+        for entry in scores.layer.parameter_names:
+            rows = np.stack([gradients[entry].numpy().ravel() for gradients in alone])
+            signal += float((rows.mean(axis=0) ** 2).sum())
+            noise += float(rows.var(axis=0, ddof=1).sum())
+        assert scores.gradient_snr == pytest.approx(signal / noise, rel=1e-9), name
+
+
+def test_signal_to_noise_of_unequal_batches_weighs_each_by_its_images() -> None:
+    module = network("plain", torch.float64)
+    sizes = [4, 2, 1]
+    found = gathered(Program.capture(module, SIZE), sizes)
+    parts = zip(images(7, torch.float64).split(sizes), labels(7).split(sizes), strict=True)
+    by_batch = [module_gradients(module, *part) for part in parts]
+    for scores in found.values():
+        signal = noise = 0.0
+        for entry in scores.layer.parameter_names:
+            rows = np.stack([gradients[entry].numpy().ravel() for gradients in by_batch])
+            mean = np.average(rows, axis=0, weights=sizes)
+            signal += float((mean**2).sum())
+            # n_b times the squared deviation of a batch has the variance of one image.
+            deviations = sum(
+                n * ((row - mean) ** 2).sum() for n, row in zip(sizes, rows, strict=True)
+            )
+            noise += float(deviations) / (len(sizes) - 1)
+        assert scores.gradient_snr == pytest.approx(signal / noise, rel=1e-9)
+
+
+def test_one_batch_says_nothing_about_noise() -> None:
+    found = gathered(Program.capture(network("plain"), SIZE), [5])
+    assert all(math.isnan(scores.gradient_snr) for scores in found.values())
+    assert all(scores.gradient_norm > 0 for scores in found.values())
+
+
+def test_map_scores_equal_loops_over_the_maps_that_people_look_at(
+    case: tuple[nn.Module, Program],
+) -> None:
+    module, program = case
+    given = images(20, torch.float64)
+    with torch.no_grad():
+        logits = module(given)
+    # About half the labels are what the network says, so that there are right and wrong images.
+    targets = torch.where(torch.arange(20) % 2 == 0, logits.argmax(dim=1), labels(20))
+    right = (logits.argmax(dim=1) == targets).numpy()
+    assert 5 < right.sum() < 20
+    parts = list(zip(given.split(6), targets.split(6), strict=True))
+    found = gather_evidence(program, parts, list(program.layers), seed=0)
+    by_layer = layer_maps(program, given, targets)
+    for scores in found:
+        if not scores.layer.has_maps:
+            numbers = (scores.map_mean_right, scores.map_mean_wrong, scores.penalty)
+            assert all(map(math.isnan, (*numbers, scores.map_auroc.value)))
+            continue
+        maps = normalize_maps(by_layer[scores.layer.name])
+        lit = [sum(map(float, one.flatten())) / one.numel() for one in maps]
+        of_right = [s for s, is_right in zip(lit, right, strict=True) if is_right]
+        of_wrong = [s for s, is_right in zip(lit, right, strict=True) if not is_right]
+        assert scores.map_mean_right == pytest.approx(sum(of_right) / len(of_right), rel=1e-9)
+        assert scores.map_mean_wrong == pytest.approx(sum(of_wrong) / len(of_wrong), rel=1e-9)
+        expected = roc_auc_score(~right, [-s for s in lit])
+        assert scores.map_auroc.value == pytest.approx(expected, abs=1e-12)
+        assert 0 <= scores.map_auroc.low <= scores.map_auroc.value <= scores.map_auroc.high <= 1
+        penalty = 0.0
+        for image, s in enumerate(lit):
+            error = 1 - float(torch.softmax(logits[image], dim=0)[targets[image]])
+            penalty += error * (1 - s) + s * (1 - error)  # Eq. 5 and 6, 1 - p_true for CE
+        assert scores.penalty == pytest.approx(penalty / 20, rel=1e-9)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_without_wrong_or_without_right_images_their_scores_are_unknown(right: bool) -> None:
+    program = Program.capture(network("plain"), SIZE)
+    said = program.logits(images(4)).argmax(dim=1)
+    targets = said if right else (said + 1) % program.classes
+    scores = gather_evidence(program, [(images(4), targets)], list(program.layers), seed=0)[0]
+    assert math.isnan(scores.map_auroc.value)
+    assert math.isnan(scores.map_mean_wrong) == right
+    assert math.isnan(scores.map_mean_right) != right
+    assert not math.isnan(scores.penalty)
+
+
+def test_each_batch_is_handed_on_with_its_logits_and_normalized_maps() -> None:
+    program = Program.capture(network("residual"), SIZE)
+    given, targets = images(5), labels(5)
+    seen: list[tuple[Tensor, Mapping[str, Tensor]]] = []
+    gather_evidence(
+        program,
+        [(given[:3], targets[:3]), (given[3:], targets[3:])],
+        list(program.layers),
+        seed=0,
+        on_batch=lambda logits, maps: seen.append((logits, maps)),
+    )
+    assert [len(logits) for logits, _ in seen] == [3, 2]
+    torch.testing.assert_close(torch.cat([logits for logits, _ in seen]), program.logits(given))
+    assert not any(logits.requires_grad for logits, _ in seen)
+    for name, expected in layer_maps(program, given, targets).items():
+        joined = torch.cat([maps[name] for _, maps in seen])
+        torch.testing.assert_close(joined, normalize_maps(expected))
+
+
+def test_the_program_keeps_its_state_and_asks_for_no_gradients_afterwards() -> None:
+    program = Program.capture(network("residual"), SIZE)
+    before = {name: value.clone() for name, value in program.state.items()}
+    gather_evidence(program, [(images(), labels())], list(program.layers), seed=0)
+    assert all(torch.equal(program.state[name], value) for name, value in before.items())
+    assert not any(value.requires_grad for value in program.state.values())
