@@ -223,9 +223,9 @@ def _parts(images: int, batch_size: int) -> list[slice]:
 
 def _judge_logits(logits: Tensor, labels: Tensor) -> _Judged:
     cross_entropies = F.cross_entropy(logits.double(), labels, reduction="none")
-    # A trial that overflows is as wrong as can be, not unknown.
+    # A trial that overflows is as wrong as can be, not unknown; argmax would call NaN a class.
+    right = (logits.argmax(dim=1) == labels) & cross_entropies.isfinite()
     cross_entropies = cross_entropies.nan_to_num(nan=1e3, posinf=1e3).clamp(max=1e3)
-    right = logits.argmax(dim=1) == labels
     return _Judged(cross_entropies.cpu().numpy(), right.cpu().numpy())
 
 

@@ -6,8 +6,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.shapes import Shapes
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +51,14 @@ def data_root() -> Path:
     root = _data_root()
     assert root is not None, "collection skips tests that ask for data_root without one"
     return root
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> "Shapes":
+    """A trained network, healthy and with one damaged layer, and its images."""
+    from tests.shapes import make_shapes  # needs torch, which most tests of files do not
+
+    return make_shapes(tmp_path_factory.mktemp("shapes"))
 
 
 @pytest.fixture
