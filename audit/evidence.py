@@ -92,7 +92,8 @@ def gather_evidence(
 ) -> list[LayerEvidence]:
     """Return the scores of every layer over the images of all batches.
 
-    Memory does not grow with the number of images but for one number per image and layer.
+    Memory does not grow with the number of images but for one number per image and layer. Without
+    any image every score is NaN.
 
     Args:
         batches: Normalized images (B, 3, H, W) with their labels (B,).
@@ -146,6 +147,8 @@ def _add_batch(
 
 
 def _summarize(sums: _Sums, program: Program, layer: Layer, seed: int) -> LayerEvidence:
+    if not sums.right:
+        return _no_evidence(layer)
     gradients = [sums.gradients[name] for name in layer.parameter_names]
     signal = sum(float(g.mean.double().square().sum()) for g in gradients)
     noise = sum(g.noise() for g in gradients)
@@ -172,4 +175,19 @@ def _summarize(sums: _Sums, program: Program, layer: Layer, seed: int) -> LayerE
         map_mean_wrong=map_mean_wrong,
         map_auroc=separation,
         penalty=penalty,
+    )
+
+
+def _no_evidence(layer: Layer) -> LayerEvidence:
+    """What is known about a layer when there was no image to look at."""
+    nan = float("nan")
+    return LayerEvidence(
+        layer=layer,
+        gradient_norm=nan,
+        relative_gradient_norm=nan,
+        gradient_snr=nan,
+        map_mean_right=nan,
+        map_mean_wrong=nan,
+        map_auroc=Interval(value=nan, low=nan, high=nan),
+        penalty=nan,
     )

@@ -240,9 +240,11 @@ def _observe(
             record(logits, maps)
             bar.advance(len(logits))
 
+        # The shown layer's maps are wanted of every image, also where that layer is not tried.
+        further = [program.layer(shown)] if shown and shown not in {x.name for x in layers} else []
         evidence = gather_evidence(
-            program, batches(choosing), list(layers), seed=config.seed, on_batch=observed
-        )
+            program, batches(choosing), [*layers, *further], seed=config.seed, on_batch=observed
+        )[: len(layers)]
     with console.progress("predicting the test split", len(testing)) as bar:
         for images, targets in batches(testing):
             record(*_predict(program, images, targets, shown))

@@ -82,6 +82,7 @@ def trained_network() -> SmallVGG:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    network.zero_grad()
     return network.eval()
 
 
