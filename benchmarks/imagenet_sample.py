@@ -26,7 +26,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--work", type=Path, default=Path("local/imagenet"))
-    parser.add_argument("--layers", default="classifier", help="layers to try; accuracy needs none")
+    parser.add_argument("--layers", default="conv_head", help="layers to try; accuracy needs none")
     options = parser.parse_args()
     photos = Path(os.environ.get("LAYERMEND_DATA", "")) / "imagenet-sample"
     if not photos.is_dir():
