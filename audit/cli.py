@@ -81,7 +81,7 @@ def scan(
         int | None, typer.Option(help="Processes that load images; by itself by default.", min=0)
     ] = None,
     device: Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of splits, samples and bootstraps.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of splits, samples and bootstraps.", min=0)] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder that run folders are made in.", metavar="DIR")
     ] = Path("runs"),
@@ -184,7 +184,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for images, model and run.", metavar="DIR")
     ] = Path("layermend-demo"),
-    seed: Annotated[int, typer.Option(help="Of images, splits and training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of images, splits and training.", min=0)] = 0,
 ) -> None:
     """Tell the whole story on an embedded example: scan, repair, export, report."""
     from audit.demo import run_demo
