@@ -78,7 +78,7 @@ def _ranking_table(run: Run) -> Table:
         table.add_row(
             str(int(row["rank"])),
             Text(name),
-            "{:.0%} [{:.0%}, {:.0%}]".format(*gain),
+            "{:z.0%} [{:z.0%}, {:z.0%}]".format(*gain),
             _number(row["relative_gradient_norm"]),
             _number(row["gradient_snr"]),
         )

@@ -153,7 +153,7 @@ def _first_reason(ranked: Sequence[TrialRepair], steps: int) -> str:
 
 def _percent(interval: Interval) -> str:
     value, low, high = (100 * x for x in (interval.value, interval.low, interval.high))
-    return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
+    return f"{value:z.0f} % [{low:z.0f}, {high:z.0f}]"  # z: never minus zero
 
 
 def _leads(ranked: Sequence[TrialRepair], seed: int) -> list[tuple[TrialRepair, Interval]]:

@@ -116,6 +116,11 @@ def test_no_gain_anywhere_is_none_and_names_the_best_try() -> None:
     assert "`b`, removes 4 % [4, 4]" in found.reasons[0]
 
 
+def test_a_gain_of_next_to_nothing_is_not_called_minus_zero() -> None:
+    (reason,) = verdict_on([removing("a", -0.001)]).reasons
+    assert "removes 0 % [0, 0]" in reason
+
+
 def test_too_few_errors_blame_no_layer_however_large_the_gain() -> None:
     found = verdict_on([removing("a", 0.9), removing("b", 0.0)], wrong=4)
     assert (found.verdict, found.layers, found.confidence) == ("none", (), None)
