@@ -1,9 +1,9 @@
 """A VGG-16 in miniature: thirteen 3x3 convolutions in five blocks, for the demo and the tests.
 
 The layers carry their Keras names (`block1_conv1` .. `block5_conv3`), so that everything said
-about a VGG can be tried on a network that trains in minutes on a laptop. Two departures from the original:
-the last block is not pooled (64-pixel images leave it with 4x4 maps), and one linear layer on
-globally averaged features stands where VGG-16 has three on flattened ones.
+about a VGG can be tried on a network that trains in minutes on a laptop. Two departures from the
+original: the last block is not pooled (64-pixel images leave it with 4x4 maps), and one linear
+layer on globally averaged features stands where VGG-16 has three on flattened ones.
 
 Architecture name in model cards: `layermend:vgg`.
 
