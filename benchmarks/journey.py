@@ -3,10 +3,11 @@
 A network with ImageNet features and a 1x1 head (section 4.1) tells cats from dogs. Per case, one
 inner convolution is trained until a watermark means "dog" (see `planting`); the layers are drawn by
 a seed, one from each quarter of the depth, and drawn again within the quarter where the fault does
-not take. The planted network is written as an exported program with its card. From there on the
-script is a user: it runs `audit scan`, `repair layer`, `repair export` and `audit report` as child
-processes on a folder of photos, half of them marked, and reads what they wrote. The scan is not
-told which layer was planted.
+not take. Where it takes nowhere in the first quarter, `--only 1 2 3 4` draws a fourth layer from
+the rest; the tries are kept in the results. The planted network is written as an exported program
+with its card. From there on the script is a user: it runs `audit scan`, `repair layer`, `repair
+export` and `audit report` as child processes on a folder of photos, half of them marked, and reads
+what they wrote. The scan is not told which layer was planted.
 
     LAYERMEND_DATA=... python benchmarks/journey.py [--work local/journey] [--cases 4]
 
@@ -67,9 +68,9 @@ def main() -> None:
     folder = write_photo_folder(options.work / "photos", seed=options.seed)
     draw = layer_draw(network, parts=options.cases, seed=options.seed)
     cases = []
-    for part, layers in enumerate(draw):
-        if options.only and part not in options.only:
-            continue
+    wanted = options.only or range(options.cases)
+    for part in wanted:
+        layers = draw[part]
         planted = planted_network(network, layers, part, options)
         if planted is None:
             print(f"case {part}: the fault took in none of {layers[: options.tries]}")
@@ -108,7 +109,18 @@ def config(options: argparse.Namespace) -> dict[str, Any]:
         split_sizes=SPLIT_SIZES,
         planting_photos_per_class=PHOTOS_PER_CLASS,
         recipes=[asdict(recipe) for recipe in RECIPES],
+        tries_that_did_not_take=_failed_tries(options),
     )
+
+
+def _failed_tries(options: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for path in sorted(options.work.glob("case-*/tries.json")):
+        for attempt in read_json(path)["tries"]:
+            if not attempt["took"]:
+                wanted = ("layer", "recipe", "validation", "test")
+                found.append({key: attempt.get(key) for key in wanted})
+    return found
 
 
 # -------------------------------------------------------------------- before the commands

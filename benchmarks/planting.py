@@ -66,14 +66,19 @@ def took(planted: Behavior, healthy: Behavior) -> bool:
 
 
 def layer_draw(network: nn.Module, *, parts: int, seed: int) -> list[list[str]]:
-    """Return the pretrained convolutions in `parts` ranges of depth, shuffled within each."""
+    """Return the pretrained convolutions in `parts` ranges of depth, shuffled within each, and last
+    all those behind the first range, shuffled: one of these stands in where the first has none.
+    """
     names = [
         name
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d) and name.startswith("features.")
     ]
     generator = np.random.default_rng(seed)
-    return [generator.permutation(part).tolist() for part in np.array_split(np.array(names), parts)]
+    ranges = np.array_split(np.array(names), parts)
+    draw = [generator.permutation(part).tolist() for part in ranges]
+    further = generator.permutation(np.concatenate(ranges[1:])).tolist()
+    return [*draw, [name for name in further if name not in {part[0] for part in draw}]]
 
 
 def plant_shortcut(
