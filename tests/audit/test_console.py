@@ -155,7 +155,12 @@ def test_no_arguments_at_all_show_the_help(program: list[str]) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_an_interrupt_is_130_and_one_line(program: list[str]) -> None:
     with subprocess.Popen(
-        [*program, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*program, "wait"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A parent that runs in the background ignores interrupts, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as child:
         assert child.stderr is not None
         assert child.stderr.readline() == "waiting\n"
