@@ -90,9 +90,10 @@ def compare(name: str, network: nn.Module, options: argparse.Namespace) -> dict[
 
     def captum() -> dict[str, Tensor]:
         return {
-            layer: LayerGradCam(network, module).attribute(
-                images, target=targets, relu_attributions=True
-            )
+            # Detached at once: Captum's maps hold the graph of their forward pass.
+            layer: LayerGradCam(network, module)
+            .attribute(images, target=targets, relu_attributions=True)
+            .detach()
             for layer, module in convolutions.items()
         }
 
@@ -113,8 +114,7 @@ def compare(name: str, network: nn.Module, options: argparse.Namespace) -> dict[
         "layers": len(convolutions),
         **{f"{who}_s": value["median_s"] for who, value in times.items()},
         "max_relative_error": max(
-            _relative_error(ours[layer], theirs[layer].detach().squeeze(1))
-            for layer in convolutions
+            _relative_error(ours[layer], theirs[layer].squeeze(1)) for layer in convolutions
         ),
         "times": times,
     }
