@@ -45,6 +45,7 @@ from audit.verdict import judge, ranking
 __all__ = ["ScanConfig", "ScanRequest", "scan_model"]
 
 GALLERY_IMAGES = 32
+EVIDENCE_BATCHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +222,7 @@ def _observe(
             folder,
             positions,
             network.card.preprocessing,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             workers=_workers(config.workers, program.device),
             pin_memory=program.device.type == "cuda",
             on_skip=skipped.__setitem__,
@@ -234,6 +235,8 @@ def _observe(
 
     testing = folder.positions("test")
     choosing = sorted({*range(len(folder.records))} - {*testing})
+    # The gradient's noise is read off the differences between batches: it takes several.
+    batch_size = max(1, min(config.batch_size, len(choosing) // EVIDENCE_BATCHES))
     with console.progress("gathering evidence", len(choosing)) as bar:
 
         def observed(logits: Tensor, maps: Mapping[str, Tensor]) -> None:
