@@ -84,9 +84,9 @@ class Program:
         Raises:
             NetworkError: The module cannot be traced, or fixes the batch size.
         """
-        module = module.to(device)
-        dtype = next((p.dtype for p in module.parameters()), torch.float32)
-        example = torch.zeros(2, 3, *input_size, device=device, dtype=dtype)
+        # Traced where it lies, and moved afterwards: `module.to` would move the caller's own.
+        first = next(module.parameters(), torch.empty(0))
+        example = torch.zeros(2, 3, *input_size, device=first.device, dtype=first.dtype)
         with _evaluating(module), torch.no_grad(), _quiet_export():
             try:
                 exported = torch.export.export(
@@ -99,7 +99,7 @@ class Program:
                     f"{_first_line(error)}; make its forward free of data-dependent Python "
                     "branches and of fixed batch sizes"
                 ) from error
-        return cls(exported)
+        return cls.from_exported(exported, device=device)
 
     @classmethod
     def from_exported(
