@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from audit import console
+from audit.options import CodeOption, JsonOption, TrustOption
 
 app = typer.Typer(
     help="Find the layer of an image classifier that makes systematic mistakes.",
@@ -33,13 +34,6 @@ ArchOption = Annotated[
 ClassesOption = Annotated[
     Path | None, typer.Option(help="Class names in output order, one a line.", metavar="FILE")
 ]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-pickle", help="Let a pickled module run the code it carries.")
-]
-CodeOption = Annotated[
-    Path | None, typer.Option(help="Folder with the code of a pickled module.", metavar="DIR")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no table.")]
 RunArgument = Annotated[
     Path | None,
     typer.Argument(help="Run folder; the newest under ./runs by default.", metavar="RUN"),
@@ -116,10 +110,7 @@ def scan(
     )
     run = scan_model(request, config)
     if json:
-        from audit.files import json_text
-
-        sys.stdout.write(json_text({**run.info, "verdict": run.verdict, "run": str(run.path)}))
-        sys.stdout.write("\n")
+        console.print_json({**run.info, "verdict": run.verdict, "run": str(run.path)})
     else:
         from audit.summary import scan_summary
 
@@ -155,9 +146,7 @@ def layers_command(
         for layer in network.program.layers
     ]
     if json:
-        from audit.files import json_text
-
-        sys.stdout.write(json_text({"model": model, "layers": rows}) + "\n")
+        console.print_json({"model": model, "layers": rows})
         return
     from audit.summary import layers_table
 
@@ -173,10 +162,9 @@ def report(
 ) -> None:
     """Write one self-contained HTML file about a run and its newest repair."""
     from audit.report import write_report
-    from audit.runs import newest_run, open_run
+    from audit.runs import open_run_or_newest
 
-    opened = newest_run(status="complete") if run is None else open_run(run)
-    print(write_report(opened, out))
+    print(write_report(open_run_or_newest(run), out))
 
 
 @app.command()

@@ -6,16 +6,17 @@ Results go to stdout, progress and notes to stderr. Errors are one line each, wi
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from audit.errors import LayermendError
 
-__all__ = ["Progress", "progress", "run_app", "say", "stdout"]
+__all__ = ["Progress", "print_json", "progress", "run_app", "say", "stdout"]
 
 _PIPE_WIDTH = 120
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -46,6 +47,13 @@ def run_app(app: typer.Typer) -> None:
 def say(text: str) -> None:
     """Write one line to stderr, never wrapped, so that it can be searched for."""
     _stderr.print(text, markup=False, soft_wrap=True)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Write one JSON document to stdout, as `--json` promises."""
+    from audit.files import json_text
+
+    sys.stdout.write(json_text(document) + "\n")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ __all__ = [
     "newest_run",
     "open_repair",
     "open_run",
+    "open_run_or_newest",
     "start_run",
     "write_gallery",
     "write_maps",
@@ -171,6 +172,11 @@ def newest_run(root: Path = Path("runs"), *, status: str | None = None) -> Run:
     raise RunError(
         f"no {kind} under {_shown(root)}{seen}; start with `audit scan MODEL --data DIR`"
     )
+
+
+def open_run_or_newest(path: Path | None) -> Run:
+    """Return the run at `path`, or the newest complete one under ./runs when None."""
+    return newest_run(status="complete") if path is None else open_run(path)
 
 
 def list_runs(root: Path) -> list[Run]:

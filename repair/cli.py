@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from audit import console
 from audit.errors import ExportError, UsageError
+from audit.options import CodeOption, JsonOption, TrustOption
 from repair.config import OPTIMIZERS, SALIENCIES, RepairConfig
 from repair.losses import LOSSES, SCALES
-
-if TYPE_CHECKING:
-    from audit.runs import Run
 
 app = typer.Typer(
     help="Retrain one layer of a scanned network, prove what it did, and export the result.",
@@ -39,13 +37,6 @@ ModelOption = Annotated[
     str | None,
     typer.Option(help="Where the run's model is now, if it has moved.", metavar="MODEL"),
 ]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-pickle", help="Let a pickled module run the code it carries.")
-]
-CodeOption = Annotated[
-    Path | None, typer.Option(help="Folder with the code of a pickled module.", metavar="DIR")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and no table.")]
 
 
 def main() -> None:
@@ -125,6 +116,7 @@ def layer_command(
     }
     config = RepairConfig(**settings)
 
+    from audit.runs import open_run_or_newest
     from repair.layer import RepairRequest, repair_layer
     from repair.summary import repair_summary
 
@@ -141,9 +133,9 @@ def layer_command(
         trust_pickle=trust_pickle,
         code=code,
     )
-    repair = repair_layer(_open_run(run), config, request)
+    repair = repair_layer(open_run_or_newest(run), config, request)
     if json:
-        _print_json(repair.info)
+        console.print_json(repair.info)
     else:
         console.stdout.print(repair_summary(repair))
 
@@ -175,6 +167,7 @@ def export_command(
     if original and repair is not None:
         raise UsageError("--original and --repair exclude each other; give one of them")
 
+    from audit.runs import open_run_or_newest
     from repair.export import ExportRequest, export_network
     from repair.summary import export_summary
 
@@ -188,21 +181,15 @@ def export_command(
         trust_pickle=trust_pickle,
         code=code,
     )
-    exported = export_network(_open_run(run), request)
+    exported = export_network(open_run_or_newest(run), request)
     if json:
-        _print_json(exported.proof)
+        console.print_json(exported.proof)
     else:
         console.stdout.print(export_summary(exported.proof, exported.model))
     if not exported.passed:
         raise ExportError(
             f"the export is not equal to its source, do not use it: {exported.proof['reasons'][0]}"
         )
-
-
-def _open_run(path: Path | None) -> Run:
-    from audit.runs import newest_run, open_run
-
-    return newest_run(status="complete") if path is None else open_run(path)
 
 
 def _stated(context: typer.Context, settings: dict[str, Any]) -> list[str]:
@@ -214,9 +201,3 @@ def _stated(context: typer.Context, settings: dict[str, Any]) -> list[str]:
         if source is not None and source.name == "COMMANDLINE":
             found.append(name)
     return found
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    from audit.files import json_text
-
-    sys.stdout.write(json_text(document) + "\n")
