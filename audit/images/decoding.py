@@ -34,8 +34,11 @@ __all__ = [
     "UnreadableImageError",
     "content_hash",
     "decode",
+    "decode_mask",
     "preprocess",
+    "preprocess_mask",
     "quiet_pillow",
+    "upright_size",
 ]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -74,6 +77,41 @@ def decode(path: Path) -> Image.Image:
         return _as_rgb(_upright(image))
 
 
+def decode_mask(path: Path) -> np.ndarray:
+    """Return where the file's pixels are not zero, upright, bool (H, W).
+
+    Of palette images the index counts, of images with transparency what is opaque and not black,
+    of JPEG files what is brighter than half, since their black is not exactly zero.
+
+    Raises:
+        UnreadableImageError: Whatever is wrong with the file.
+    """
+    with _one_line_reasons(), _open_regular(path) as file:
+        image = _open_header(file)
+        floor = 127 if image.format == "JPEG" else 0
+        image.load()
+        if image.mode == "CMYK":
+            image = image.convert("RGB")
+        values = np.asarray(_upright(image))
+        if values.ndim == 2:
+            return np.asarray(values > floor)
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+            return np.asarray((values[..., :-1] > 0).any(axis=2) & (values[..., -1] > 0))
+        return np.asarray((values > floor).any(axis=2))
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return width and height of the file's upright image; no pixel is decoded.
+
+    Raises:
+        UnreadableImageError: Whatever is wrong with the file.
+    """
+    with _one_line_reasons(), _open_regular(path) as file:
+        image = _open_header(file)
+        width, height = image.size
+        return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
 def preprocess(image: Image.Image, preprocessing: "Preprocessing") -> np.ndarray:
     """Return what the network sees of an RGB image, uint8 (3, h, w).
 
@@ -84,6 +122,29 @@ def preprocess(image: Image.Image, preprocessing: "Preprocessing") -> np.ndarray
     Raises:
         UnreadableImageError: If the image is so thin that the scaled one would exceed `MAX_PIXELS`.
     """
+    image = _place(image, preprocessing, _RESAMPLING[preprocessing.interpolation])
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (h, w, 3) -> (3, h, w)
+
+
+def preprocess_mask(mask: np.ndarray, preprocessing: "Preprocessing") -> np.ndarray:
+    """Return the share of each input pixel that a mask covers, float32 (h, w) in [0, 1].
+
+    Scaled and cut like the photo in `preprocess`, by area.
+
+    Args:
+        mask: Bool (H, W), of the size of the upright photo.
+
+    Raises:
+        UnreadableImageError: As in `preprocess`.
+    """
+    covered = Image.fromarray(mask.astype(np.float32))
+    placed = np.asarray(_place(covered, preprocessing, Image.Resampling.BOX), dtype=np.float32)
+    return placed.clip(0, 1)  # the sum of a pixel's shares is rounded
+
+
+def _place(
+    image: Image.Image, preprocessing: "Preprocessing", resampling: Image.Resampling
+) -> Image.Image:
     height, width = preprocessing.input_size
     cover_height = round(height / preprocessing.crop)
     cover_width = round(width / preprocessing.crop)
@@ -96,10 +157,9 @@ def preprocess(image: Image.Image, preprocessing: "Preprocessing") -> np.ndarray
             f"too long and thin to scale: {image.width} x {image.height} pixels"
         )
     if size != image.size:
-        image = image.resize(size, _RESAMPLING[preprocessing.interpolation])
+        image = image.resize(size, resampling)
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-    image = image.crop((left, top, left + width, top + height))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (h, w, 3) -> (3, h, w)
+    return image.crop((left, top, left + width, top + height))
 
 
 def content_hash(path: Path) -> str:
@@ -151,14 +211,19 @@ def _open_header(file: BufferedReader) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    method = _UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) where it is not known."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except (
         Exception
     ):  # a damaged EXIF block says nothing about the pixels; Pillow raises many kinds
-        return image
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
