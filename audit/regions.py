@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 __all__ = ["REGIONS", "Region", "energy_shares", "looked_at"]
 
 Floats = NDArray[np.float64]
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,6 @@ class Region:
         name: In plain words, after "looking at".
         grid: Cells along each side of the grid that the region belongs to.
         cells: Which of its cells, row by row from the upper left.
-        box: Smallest rectangle around them: left, top, right, bottom in [0, 1].
     """
 
     name: str
@@ -39,15 +39,19 @@ class Region:
         return len(self.cells) / self.grid**2
 
     @property
-    def box(self) -> tuple[float, float, float, float]:
-        rows, columns = np.divmod(self.cells, self.grid)
-        left, top, right, bottom = (
-            columns.min() / self.grid,
-            rows.min() / self.grid,
-            (columns.max() + 1) / self.grid,
-            (rows.max() + 1) / self.grid,
+    def cell_boxes(self) -> tuple[Box, ...]:
+        """Left, top, right, bottom of each cell, in [0, 1]."""
+        places = [divmod(cell, self.grid) for cell in self.cells]
+        return tuple(
+            (x / self.grid, y / self.grid, (x + 1) / self.grid, (y + 1) / self.grid)
+            for y, x in places
         )
-        return float(left), float(top), float(right), float(bottom)
+
+    @property
+    def box(self) -> Box:
+        """Left, top, right, bottom of the smallest rectangle around the cells, in [0, 1]."""
+        lefts, tops, rights, bottoms = zip(*self.cell_boxes, strict=True)
+        return min(lefts), min(tops), max(rights), max(bottoms)
 
 
 _NINTHS = (

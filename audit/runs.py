@@ -6,7 +6,7 @@ is damaged, half written or newer than this version is reported in one clear lin
 a listing. Nothing here needs torch.
 
     runs/<UTC>-<model>/            start_run, open_run, newest_run, list_runs -> Run
-        run.json  images.parquet  layers.parquet  verdict.json  maps/
+        run.json  images.parquet  layers.parquet  verdict.json  groups.json  maps/
         repairs/<UTC>-<layer>/     Run.start_repair, Run.repairs -> RepairFolder
             repair.json  history.parquet  images.parquet  maps/  weights.*  model.onnx  onnx.json
 """
@@ -339,6 +339,64 @@ class Run(_Folder):
     def write_gallery(self, index: Mapping[str, Any], images: Sequence[np.ndarray]) -> None:
         write_gallery(self.path, index, images)
 
+    @cached_property
+    def groups(self) -> dict[str, Any]:
+        """The error groups: `groups` and how they were tested; no groups where none were sought."""
+        path = self.path / "groups.json"
+        if not path.is_file():
+            return {"groups": []}
+        document = read_json(path)
+        if document.get("schema_version") != SCHEMA_VERSION:
+            raise RunError(
+                f"{_shown(path)} has schema version {document.get('schema_version')!r}, this "
+                f"layermend reads {SCHEMA_VERSION}; update layermend or scan again"
+            )
+        if not isinstance(document.get("groups"), list):
+            raise RunError(f"{_shown(path)} holds no list of groups; scan again")
+        return document
+
+    def group_maps(self, kind: Literal["wrong", "right", "examples"]) -> np.ndarray:
+        """Return maps of the error groups, float32 in [0, 1].
+
+        Args:
+            kind: `wrong` or `right`, the mean map of each group or of the right images that it was
+                compared with, (groups, h, w), NaN where there are none; or those of the
+                `examples`, (images, h, w), in the order of their ids.
+        """
+        path = self.path / "maps" / "groups.npz"
+        if not path.is_file():
+            raise RunError(f"{_shown(path)} is not there; scan again")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return np.asarray(arrays[kind], dtype=np.float32)
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise _damaged(path, error) from error
+
+    def group_image(self, image_id: str) -> Path:
+        """Return where the picture of one example of the error groups lies."""
+        return self.path / "maps" / "groups" / f"{_file_name(image_id)}.png"
+
+    def write_groups(
+        self,
+        document: Mapping[str, Any],
+        maps: Mapping[str, np.ndarray],
+        pictures: Sequence[np.ndarray],
+    ) -> None:
+        """Write `groups.json`, `maps/groups.npz` and the pictures `maps/groups/ID.png`.
+
+        Args:
+            document: `groups`, each with its `examples`, and how they were tested.
+            maps: `wrong`, `right` and `examples`, as `group_maps` returns them; kept as float16.
+            pictures: HWC uint8 of the examples, in the order of their ids `0000`, `0001`, ...
+        """
+        for place, pixels in enumerate(pictures):
+            _write_picture(self.group_image(f"{place:04d}"), pixels)
+        arrays = {name: np.asarray(values, dtype=np.float16) for name, values in maps.items()}
+        write_arrays(self.path / "maps" / "groups.npz", **arrays)
+        # Last: whoever finds it also finds every map and picture it names.
+        write_json(self.path / "groups.json", {"schema_version": SCHEMA_VERSION, **document})
+        self.__dict__.pop("groups", None)
+
     def write_maps(self, method: str, layer: str, maps: np.ndarray) -> None:
         write_maps(self.path, method, layer, maps)
 
@@ -435,14 +493,8 @@ def write_gallery(folder: Path, index: Mapping[str, Any], images: Sequence[np.nd
     entries = index["images"]
     if len(entries) != len(images):
         raise ValueError(f"gallery index names {len(entries)} images, {len(images)} were given")
-    from PIL import Image
-
     for entry, pixels in zip(entries, images, strict=True):
-        encoded = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8)).save(encoded, format="PNG")
-        write_bytes(
-            folder / "maps" / "images" / f"{_file_name(entry['id'])}.png", encoded.getvalue()
-        )
+        _write_picture(folder / "maps" / "images" / f"{_file_name(entry['id'])}.png", pixels)
     # The index last: whoever finds it also finds every picture it names.
     write_json(folder / "maps" / "index.json", index)
 
@@ -458,6 +510,14 @@ def write_maps(
     """
     path = _maps_path(folder / "maps", method, layer, when)
     write_arrays(path, maps=np.asarray(maps, dtype=np.float16))
+
+
+def _write_picture(path: Path, pixels: np.ndarray) -> None:
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8)).save(encoded, format="PNG")
+    write_bytes(path, encoded.getvalue())
 
 
 def _maps_path(root: Path, method: str, layer: str, when: When | None) -> Path:

@@ -24,6 +24,7 @@ from audit import console
 from audit.environment import choose_device, device_record, peak_memory_mib, versions
 from audit.errors import ImageError, UsageError
 from audit.evidence import LayerEvidence, gather_evidence
+from audit.grouping import error_groups
 from audit.images import ImageFolder, iterate_batches, load_pixels, open_image_folder
 from audit.images.records import SPLITS
 from audit.networks import Network, open_network
@@ -181,6 +182,8 @@ def _fill_run(
             f"none of the {len(folder.records)} images in {request.data} could be decoded"
         )
     labels = np.array([record.label for record in folder.records])
+    with timings.measure("groups"):
+        _write_groups(run, network, folder, predictions, config)
     with timings.measure("trials"):
         trials, held_out = _try_repairs(network, folder, layers, predictions, labels, config)
     wrong = int((predictions.predicted[held_out] != labels[held_out]).sum())
@@ -253,6 +256,28 @@ def _observe(
             record(*_predict(program, images, targets, shown))
             bar.advance(len(images))
     return evidence
+
+
+def _write_groups(
+    run: Run,
+    network: Network,
+    folder: ImageFolder,
+    predictions: _Predictions,
+    config: ScanConfig,
+) -> None:
+    """Look at wrong images beside right ones; keep the groups that chance does not explain."""
+    with console.progress("looking at errors", None) as bar:
+        found = error_groups(
+            network,
+            folder,
+            predictions.predicted,
+            predictions.p_predicted,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            workers=_workers(config.workers, network.program.device),
+            progress=bar.advance,
+        )
+    run.write_groups(found.document, found.maps, found.pictures)
 
 
 def _predict(

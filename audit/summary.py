@@ -28,6 +28,7 @@ def scan_summary(run: Run) -> RenderableType:
     }[verdict["verdict"]]
     lines: list[RenderableType] = [Text(f"Verdict: {conclusion}", style="bold")]
     lines += [Text(f"- {reason}") for reason in verdict["reasons"]]
+    lines += [Text(line) for line in _group_lines(run.groups)]
     lines.append(_accuracy_table(run.info["metrics"]))
     lines.append(_ranking_table(run))
     data = run.info["data"]
@@ -51,6 +52,15 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             Text(row["name"]), Text(aliases), row["kind"], shape, f"{row['parameters']:,}"
         )
     return table
+
+
+def _group_lines(document: Mapping[str, Any]) -> list[str]:
+    """Return one line per error group, or that there is none."""
+    if "tests" not in document:
+        return []
+    if not document["groups"]:
+        return [f"Error groups: none among {document['errors']} errors beats chance."]
+    return ["Error groups:", *(f"- {group['sentence']}" for group in document["groups"])]
 
 
 def _accuracy_table(metrics: Mapping[str, Any]) -> Table:
