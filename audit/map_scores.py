@@ -1,0 +1,203 @@
+"""Judge the maps of a scan: against masks while they are made, or by the proxy afterwards.
+
+The scores of `audit.map_accuracy` and `audit.faithfulness` for the images of a folder, kept by
+position. `case_record` adds them up to the cases of `audit.cases`, as they stand in `run.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audit.cases import MapAccuracy, assign_cases, by_masks, by_proxy, case_table
+from audit.faithfulness import FAITHFULNESS_THRESHOLD, faithfulness
+from audit.images.decoding import UnreadableImageError
+from audit.images.masks import ObjectMasks, object_mask
+from audit.map_accuracy import energy_inside, mask_areas, pointing_hits
+from audit.statistics import bootstrap_mean, wilson
+
+if TYPE_CHECKING:
+    from audit.networks.card import Preprocessing
+
+__all__ = [
+    "PROXY_IMAGES",
+    "MapScores",
+    "case_record",
+    "image_columns",
+    "judge_maps",
+    "proxy_positions",
+    "score_by_masks",
+    "score_by_proxy",
+]
+
+PROXY_IMAGES = 512
+_REFUSED_SHOWN = 20
+
+
+@dataclass
+class MapScores:
+    """Per image of a folder, by position; NaN where it was not measured.
+
+    Attributes:
+        energy: Share of the map inside the mask.
+        hit: 1 where the map's peak is inside the mask, 0 where it is not.
+        area: The mask's share of the input.
+        faithfulness: The proxy's score.
+        refused: Why a mask could not be used, by position.
+    """
+
+    energy: np.ndarray
+    hit: np.ndarray
+    area: np.ndarray
+    faithfulness: np.ndarray
+    refused: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, images: int) -> MapScores:
+        energy, hit, area, faithfulness = np.full((4, images), np.nan)
+        return cls(energy, hit, area, faithfulness)
+
+
+def score_by_masks(
+    scores: MapScores,
+    positions: Sequence[int],
+    paths: Sequence[str],
+    maps: Tensor,
+    masks: ObjectMasks,
+    preprocessing: Preprocessing,
+) -> None:
+    """Score a batch of maps (B, h, w) against the masks of their photos, where these have one."""
+    rows, covered = [], []
+    for row, (position, path) in enumerate(zip(positions, paths, strict=True)):
+        if path not in masks:
+            continue
+        try:
+            mask = object_mask(masks, path, preprocessing)
+        except UnreadableImageError as error:
+            scores.refused[position] = str(error)
+            continue
+        if not mask.any():
+            scores.refused[position] = "the object lies outside the part that the network sees"
+            continue
+        rows.append(row)
+        covered.append(torch.from_numpy(mask))
+    if not rows:
+        return
+    objects, chosen = torch.stack(covered), maps[rows]
+    at = np.asarray(positions)[rows]
+    scores.energy[at] = energy_inside(chosen, objects).cpu().numpy()
+    scores.hit[at] = pointing_hits(chosen, objects).cpu().numpy()
+    scores.area[at] = mask_areas(objects).numpy()
+
+
+def score_by_proxy(
+    scores: MapScores,
+    positions: Sequence[int],
+    predict: Callable[[Tensor], Tensor],
+    images: Tensor,
+    targets: Tensor,
+    maps: Tensor,
+) -> None:
+    """Score a batch of maps (B, h, w) by insertion."""
+    found = faithfulness(predict, images, targets, maps)
+    scores.faithfulness[np.asarray(positions)] = found.cpu().numpy()
+
+
+def proxy_positions(loaded: np.ndarray, *, seed: int, images: int = PROXY_IMAGES) -> list[int]:
+    """Return which images the proxy judges: all, or a seeded draw of so many.
+
+    Args:
+        loaded: Which images could be loaded, bool (N,).
+    """
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(loaded))[:images]
+    return sorted(drawn.tolist())
+
+
+def judge_maps(scores: MapScores, *, with_masks: bool, threshold: float) -> MapAccuracy:
+    """Return which maps are accurate, by masks where there are any and else by the proxy.
+
+    Args:
+        threshold: Least share of a map's energy inside the mask; the proxy has its own.
+    """
+    if with_masks:
+        return by_masks(scores.energy, threshold)
+    return by_proxy(scores.faithfulness, FAITHFULNESS_THRESHOLD)
+
+
+def image_columns(
+    scores: MapScores, accuracy: MapAccuracy | None, right: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return the columns that every image's row gets, by position."""
+    accurate = accuracy.accurate if accuracy else (None,) * len(right)
+    cases = assign_cases(right, accurate)
+    return [
+        {
+            "case": cases[i],
+            "map_accurate": accurate[i],
+            "map_energy_inside": float(scores.energy[i]),
+            "map_pointing_hit": None if np.isnan(scores.hit[i]) else bool(scores.hit[i]),
+            "mask_area": float(scores.area[i]),
+            "map_faithfulness": float(scores.faithfulness[i]),
+        }
+        for i in range(len(right))
+    ]
+
+
+def case_record(
+    scores: MapScores,
+    accuracy: MapAccuracy,
+    *,
+    loaded: np.ndarray,
+    right: np.ndarray,
+    class_names: Sequence[str],
+    paths: Sequence[str],
+    masks: ObjectMasks | None,
+    layer: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the cases of a scan as `run.json` holds them: source, rule, table, and mean scores."""
+    kept = np.flatnonzero(loaded).tolist()
+    cases = assign_cases(right[kept], [accuracy.accurate[i] for i in kept])
+    record: dict[str, Any] = {
+        "source": accuracy.source,
+        "threshold": accuracy.threshold,
+        "rule": accuracy.rule,
+        "layer": layer,
+        "method": "gradcam",
+        "images": sum(case is not None for case in cases),
+        "without": sum(case is None for case in cases),
+        "table": case_table(cases, [class_names[i] for i in kept]),
+        "scores": _mean_scores(scores, seed),
+    }
+    if masks is not None:
+        record["masks"] = {
+            "path": str(masks.path),
+            "kind": masks.kind,
+            "matched": sum(paths[i] in masks for i in kept),
+            "unused": masks.unused,
+            "refused": len(scores.refused),
+            "refused_files": [
+                {"path": paths[i], "reason": why}
+                for i, why in list(scores.refused.items())[:_REFUSED_SHOWN]
+            ],
+        }
+    return record
+
+
+def _mean_scores(scores: MapScores, seed: int) -> dict[str, Any]:
+    """Return the mean of each score with its interval; energy beside what chance would give it."""
+    means: dict[str, Any] = {}
+    known = ~np.isnan(scores.energy)
+    if known.any():
+        means["energy_inside"] = bootstrap_mean(scores.energy[known], seed=seed).as_dict()
+        means["energy_by_chance"] = float(scores.area[known].mean())
+        means["pointing_hits"] = wilson(int(scores.hit[known].sum()), int(known.sum())).as_dict()
+    measured = scores.faithfulness[~np.isnan(scores.faithfulness)]
+    if len(measured):
+        means["faithfulness"] = bootstrap_mean(measured, seed=seed).as_dict()
+    return means
