@@ -56,6 +56,21 @@ def scan(
     ],
     arch: ArchOption = None,
     classes: ClassesOption = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the object is: a folder of masks named like the images, or a COCO JSON "
+            "file. Without, maps are judged by a proxy.",
+            metavar="DIR|JSON",
+        ),
+    ] = None,
+    map_threshold: Annotated[
+        float,
+        typer.Option(
+            help="With --masks, share of a map's energy inside the mask that makes it accurate.",
+            metavar="SHARE",
+        ),
+    ] = 0.5,
     layers: Annotated[
         str | None,
         typer.Option(help="Layers to try, as glob patterns; all by default.", metavar="GLOB"),
@@ -97,6 +112,7 @@ def scan(
         workers=workers,
         device=device,
         seed=seed,
+        map_threshold=map_threshold,
     )
     request = ScanRequest(
         model=model,
@@ -104,6 +120,7 @@ def scan(
         out=out,
         arch=arch,
         classes=classes,
+        masks=masks,
         trust_pickle=trust_pickle,
         code=code,
         command=("audit", *sys.argv[1:]),

@@ -71,9 +71,18 @@ RUN_IMAGES = {
     "map_mean": _REAL,
     "map_peak_x": _REAL,
     "map_peak_y": _REAL,
+    "map_accurate": _FLAG,
+    "map_energy_inside": _REAL,
+    "map_pointing_hit": _FLAG,
+    "mask_area": _REAL,
+    "map_faithfulness": _REAL,
     "split": _TEXT,
     "sha256": _TEXT,
 }
+# Columns that joined the schema later: null where a run was written before.
+ADDED_LATER = frozenset(
+    {"map_accurate", "map_energy_inside", "map_pointing_hit", "mask_area", "map_faithfulness"}
+)
 RUN_LAYERS = {
     "index": _INT,
     "name": _TEXT,
@@ -272,10 +281,14 @@ class _Folder:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as error:
             raise _damaged(path, error) from error
-        missing = sorted(set(schema) - set(table.column_names))
+        missing = sorted(set(schema) - set(table.column_names) - ADDED_LATER)
         if missing:
             raise RunError(f"{_shown(path)} lacks the columns {', '.join(missing)}; scan again")
-        return table.to_pandas()
+        for column in [name for name in schema if name not in table.column_names]:
+            unknown = pa.nulls(len(table), pa.type_for_alias(schema[column]))
+            table = table.append_column(column, unknown)
+        further = [name for name in table.column_names if name not in schema]
+        return table.select([*schema, *further]).to_pandas()
 
 
 F = TypeVar("F", bound=_Folder)

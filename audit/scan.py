@@ -21,12 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audit import console
+from audit.cases import MapAccuracy
 from audit.environment import choose_device, device_record, peak_memory_mib, versions
 from audit.errors import ImageError, UsageError
 from audit.evidence import LayerEvidence, gather_evidence
 from audit.grouping import error_groups
 from audit.images import ImageFolder, iterate_batches, load_pixels, open_image_folder
+from audit.images.masks import ObjectMasks, open_masks
 from audit.images.records import SPLITS
+from audit.map_accuracy import ENERGY_THRESHOLD
+from audit.map_scores import (
+    MapScores,
+    case_record,
+    image_columns,
+    judge_maps,
+    proxy_positions,
+    score_by_masks,
+    score_by_proxy,
+)
 from audit.networks import Network, open_network
 from audit.networks.layers import Layer, match_layers
 from audit.networks.program import Program
@@ -59,6 +71,7 @@ class ScanConfig:
         limit: Scan a stratified sample of so many images.
         trial_images: At most so many images teach the trial repairs.
         judge_images: At most so many others judge them.
+        map_threshold: Share of a map's energy that has to lie in the mask for it to be accurate.
     """
 
     layers: str | None = None
@@ -70,11 +83,16 @@ class ScanConfig:
     seed: int = 0
     trial_images: int = 64
     judge_images: int = 192
+    map_threshold: float = ENERGY_THRESHOLD
     trial: TrialConfig = field(default_factory=TrialConfig)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"--method is {self.method!r}; expected one of {', '.join(METHODS)}")
+        if not 0 < self.map_threshold <= 1:
+            raise UsageError(
+                f"--map-threshold is {self.map_threshold}; expected a share above 0 and at most 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +104,7 @@ class ScanRequest:
     out: Path = Path("runs")
     arch: str | None = None
     classes: Path | None = None
+    masks: Path | None = None
     trust_pickle: bool = False
     code: Path | None = None
     command: tuple[str, ...] = ()
@@ -126,7 +145,8 @@ def scan_model(request: ScanRequest, config: ScanConfig) -> Run:
 
     Raises:
         NetworkError: The model cannot be opened or traced.
-        ImageError: The images cannot be matched to the model's classes, or none is usable.
+        ImageError: The images cannot be matched to the model's classes, or none is usable; or no
+            mask belongs to any of them.
         LayerNotFoundError: A pattern of ``config.layers`` matches nothing.
     """
     timings = _Timings()
@@ -150,11 +170,12 @@ def scan_model(request: ScanRequest, config: ScanConfig) -> Run:
             limit=config.limit,
             progress=bar.advance,
         )
+    masks = open_masks(request.masks, folder) if request.masks else None
     run = start_run(
         request.out, _model_name(request.model), _opening_info(request, config, network, device)
     )
     try:
-        _fill_run(run, network, folder, layers, config, request, timings)
+        _fill_run(run, network, folder, masks, layers, config, request, timings)
     except BaseException as error:
         run.fail(str(error) or type(error).__name__)
         raise
@@ -167,6 +188,7 @@ def _fill_run(
     run: Run,
     network: Network,
     folder: ImageFolder,
+    masks: ObjectMasks | None,
     layers: tuple[Layer, ...],
     config: ScanConfig,
     request: ScanRequest,
@@ -174,14 +196,19 @@ def _fill_run(
 ) -> None:
     shown = _shown_layer(network)
     predictions = _Predictions.empty(len(folder.records))
+    scores = MapScores.empty(len(folder.records))
     skipped: dict[int, str] = {}
     with timings.measure("evidence"):
-        evidence = _observe(network, folder, layers, shown, config, predictions, skipped)
+        evidence = _observe(
+            network, folder, masks, layers, shown, config, predictions, scores, skipped
+        )
     if not predictions.loaded.any():
         raise ImageError(
             f"none of the {len(folder.records)} images in {request.data} could be decoded"
         )
     labels = np.array([record.label for record in folder.records])
+    with timings.measure("cases"):
+        accuracy = _judge_maps(network, folder, masks, shown, config, predictions, scores)
     with timings.measure("groups"):
         _write_groups(run, network, folder, predictions, config)
     with timings.measure("trials"):
@@ -196,22 +223,32 @@ def _fill_run(
     )
     with timings.measure("gallery"):
         _write_gallery(run, network, folder, layers, shown, predictions, labels, config)
-    run.write_images(_image_rows(folder, predictions, network))
+    right = predictions.predicted == labels
+    map_columns = image_columns(scores, accuracy, right)
+    rows = zip(
+        np.flatnonzero(predictions.loaded),
+        _image_rows(folder, predictions, network),
+        strict=True,
+    )
+    run.write_images([row | map_columns[i] for i, row in rows])
     run.write_layers(_layer_rows(layers, evidence, trials))
     run.write_verdict(verdict.as_dict())
     run.write_info(
         data=_data_info(request, folder, predictions, skipped),
         metrics=_metrics(folder, predictions, labels, network, config.seed),
+        cases=_cases(folder, masks, shown, predictions, scores, accuracy, right, config.seed),
     )
 
 
 def _observe(
     network: Network,
     folder: ImageFolder,
+    masks: ObjectMasks | None,
     layers: tuple[Layer, ...],
     shown: str | None,
     config: ScanConfig,
     predictions: _Predictions,
+    scores: MapScores,
     skipped: dict[int, str],
 ) -> list[LayerEvidence]:
     """Predict every image; gather evidence on those that are not in the test split."""
@@ -234,7 +271,13 @@ def _observe(
             yield network.normalize(batch.pixels), labels[batch.indices].to(program.device)
 
     def record(logits: Tensor, maps: Mapping[str, Tensor]) -> None:
-        _record(predictions, in_hand.numpy(), logits, labels[in_hand], maps.get(shown or ""))
+        found = maps.get(shown or "")
+        _record(predictions, in_hand.numpy(), logits, labels[in_hand], found)
+        if masks is not None and found is not None:
+            paths = [folder.records[i].path for i in in_hand]
+            score_by_masks(
+                scores, in_hand.tolist(), paths, found, masks, network.card.preprocessing
+            )
 
     testing = folder.positions("test")
     choosing = sorted({*range(len(folder.records))} - {*testing})
@@ -316,6 +359,36 @@ def _record(
     predictions.map_mean[positions] = maps.mean(dim=(1, 2)).cpu().numpy()
     predictions.map_peak[positions, 0] = ((peak % width + 0.5) / width).cpu().numpy()
     predictions.map_peak[positions, 1] = ((peak // width + 0.5) / height).cpu().numpy()
+
+
+def _judge_maps(
+    network: Network,
+    folder: ImageFolder,
+    masks: ObjectMasks | None,
+    shown: str | None,
+    config: ScanConfig,
+    predictions: _Predictions,
+    scores: MapScores,
+) -> MapAccuracy | None:
+    """Return which maps are accurate; without masks the proxy says so of a draw of the images."""
+    if shown is None:
+        return None
+    program = network.program
+    if masks is None:
+        positions = proxy_positions(predictions.loaded, seed=config.seed)
+        batches = iterate_batches(
+            folder, positions, network.card.preprocessing, batch_size=config.batch_size
+        )
+        with console.progress("judging maps by the proxy", len(positions)) as bar:
+            for batch in batches:
+                images = network.normalize(batch.pixels)
+                labels = [folder.records[i].label for i in batch.indices]
+                targets = torch.tensor(labels, device=program.device)
+                _, maps = _predict(program, images, targets, shown)
+                indices = batch.indices.tolist()
+                score_by_proxy(scores, indices, program.logits, images, targets, maps[shown])
+                bar.advance(len(images))
+    return judge_maps(scores, with_masks=masks is not None, threshold=config.map_threshold)
 
 
 def _try_repairs(
@@ -535,6 +608,32 @@ def _metrics(
                 seed=seed,
             )
     return metrics
+
+
+def _cases(
+    folder: ImageFolder,
+    masks: ObjectMasks | None,
+    shown: str | None,
+    predictions: _Predictions,
+    scores: MapScores,
+    accuracy: MapAccuracy | None,
+    right: np.ndarray,
+    seed: int,
+) -> dict[str, Any] | None:
+    """Return the cases for run.json, None where the network has no layer with maps."""
+    if shown is None or accuracy is None:
+        return None
+    return case_record(
+        scores,
+        accuracy,
+        loaded=predictions.loaded,
+        right=right,
+        class_names=[record.class_name for record in folder.records],
+        paths=[record.path for record in folder.records],
+        masks=masks,
+        layer=shown,
+        seed=seed,
+    )
 
 
 def _opening_info(

@@ -118,6 +118,7 @@ def main() -> None:
         {"seeds": seeds, **row}
         for seeds, chosen in (("tuning", tuning), ("reporting", reporting))
         for row in agreement(chosen, choice["thresholds"])
+        if row["group"] == "all" or row["variant"] in (choice["best"], CONTROL)
     ]
     summary = summarize(rows, choice, reporting)
     config = configuration(
