@@ -21,7 +21,17 @@ from audit.errors import RunError
 from audit.runs import RepairFolder, Run
 from audit.wording import number, percent
 
-__all__ = ["Card", "Picture", "card", "color_scale", "layer_strip", "outcome", "overlay"]
+__all__ = [
+    "Card",
+    "Picture",
+    "card",
+    "color_scale",
+    "data_uri",
+    "layer_strip",
+    "outcome",
+    "overlay",
+    "read_pixels",
+]
 
 COLOR_MAP = "magma"
 Outcome = Literal["right", "wrong", "fixed", "broken", "unknown"]
@@ -78,8 +88,8 @@ def card(folder: Run | RepairFolder, place: int, method: str, layer: str) -> Car
         place: The image's position in the gallery's index.
     """
     entry = folder.gallery["images"][place]
-    pixels = _pixels(folder.gallery_image(str(entry["id"])))
-    pictures = [Picture(title="Image", uri=_data_uri(pixels))]
+    pixels = read_pixels(folder.gallery_image(str(entry["id"])))
+    pictures = [Picture(title="Image", uri=data_uri(pixels))]
     if isinstance(folder, RepairFolder):
         for title, when in (("Before", "before"), ("After", "after")):
             maps = folder.maps(method, layer, when)  # type: ignore[arg-type]
@@ -102,7 +112,7 @@ def layer_strip(run: Run, place: int, method: str, titles: Mapping[str, str]) ->
         titles: What to call each layer, by its name.
     """
     entry = run.gallery["images"][place]
-    pixels = _pixels(run.gallery_image(str(entry["id"])))
+    pixels = read_pixels(run.gallery_image(str(entry["id"])))
     return [
         Picture(title=title, uri=_map_uri(pixels, run.maps(method, layer), place))
         for layer, title in titles.items()
@@ -133,7 +143,8 @@ def _facts(entry: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "Similarity of maps", number(entry["ssim"], 2)
 
 
-def _pixels(path: Path) -> np.ndarray:
+def read_pixels(path: Path) -> np.ndarray:
+    """Return a kept picture, HWC uint8; raises RunError where it cannot be read."""
     from PIL import Image
 
     try:
@@ -146,10 +157,11 @@ def _pixels(path: Path) -> np.ndarray:
 def _map_uri(pixels: np.ndarray, maps: np.ndarray, place: int) -> str:
     if place >= len(maps):
         raise RunError(f"the gallery has an image {place} and only {len(maps)} maps; scan again")
-    return _data_uri(overlay(pixels, maps[place]))
+    return data_uri(overlay(pixels, maps[place]))
 
 
-def _data_uri(pixels: np.ndarray) -> str:
+def data_uri(pixels: np.ndarray) -> str:
+    """Return a picture, HWC uint8, as something a page shows without loading it."""
     from PIL import Image
 
     encoded = io.BytesIO()

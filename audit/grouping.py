@@ -229,9 +229,10 @@ def _mean_maps(
 def _examples(
     groups: Sequence[ErrorGroup], mapped: NDArray[np.int64], confidence: NDArray[np.float64]
 ) -> list[NDArray[np.int64]]:
-    """Return each group's most confident images, among those that have a map."""
-    chosen = []
+    """Return each group's most confident images that have a map, those of no earlier group first."""
+    chosen: list[NDArray[np.int64]] = []
     for group in groups:
         own = np.intersect1d(group.members, mapped)
-        chosen.append(own[np.argsort(-confidence[own], kind="stable")][:EXAMPLES])
+        shown = np.isin(own, np.concatenate(chosen)) if chosen else np.zeros(len(own), dtype=bool)
+        chosen.append(own[np.lexsort((-confidence[own], shown))][:EXAMPLES])
     return chosen

@@ -16,6 +16,7 @@ from audit import __version__
 from audit.errors import RunError
 from audit.files import write_text
 from audit.gallery import Card, card
+from audit.group_cards import GroupCard, group_cards, groups_note
 from audit.rendering import Forest, forest, page
 from audit.runs import RepairFolder, Run
 from audit.wording import (
@@ -180,6 +181,7 @@ def _context(run: Run) -> dict[str, Any]:
     chosen = next((one for one in repairs if one.decision), repairs[0] if repairs else None)
     source = _gallery_source(run, chosen)
     no_cards: list[Card] = []
+    no_groups: list[GroupCard] = []
     network = model_title((run.info.get("model") or {}).get("source", run.name))
     return {
         "layermend": __version__,
@@ -194,6 +196,8 @@ def _context(run: Run) -> dict[str, Any]:
         "layers": layer_rows(table, aliases) if table is not None else [],
         "layer_numbers": LAYER_NUMBERS,
         "flagged_rows": _flagged_places(table, flagged) if table is not None else [],
+        "groups": attempt(lambda: group_cards(run), no_groups),
+        "groups_note": attempt(lambda: groups_note(run.groups), ""),
         "repair": _repair(chosen) if chosen else None,
         "comparison_numbers": COMPARISON_NUMBERS,
         "cards": attempt(lambda: _cards(source), no_cards),
