@@ -37,6 +37,7 @@ __all__ = [
 
 PROXY_IMAGES = 512
 _REFUSED_SHOWN = 20
+_RARE = 0.01
 
 
 @dataclass
@@ -175,6 +176,7 @@ def case_record(
         "scores": _mean_scores(scores, seed),
     }
     if masks is not None:
+        record["note"] = _threshold_note(scores, accuracy)
         record["masks"] = {
             "path": str(masks.path),
             "kind": masks.kind,
@@ -187,6 +189,23 @@ def case_record(
             ],
         }
     return record
+
+
+def _threshold_note(scores: MapScores, accuracy: MapAccuracy) -> str:
+    """Return a warning where so small objects, or so coarse maps, leave the threshold out of reach.
+
+    Half of the energy inside is much for a thin object: the map of a late layer has few cells, and
+    each is wider than the object.
+    """
+    reached = [accurate for accurate in accuracy.accurate if accurate is not None]
+    if not reached or sum(reached) >= _RARE * len(reached):
+        return ""
+    area, energy = float(np.nanmean(scores.area)), float(np.nanmean(scores.energy))
+    return (
+        f"Hardly any map reaches the threshold of {accuracy.threshold:.0%}: objects cover "
+        f"{area:.1%} of the image on average and maps have {energy:.1%} of their energy inside. "
+        "Where objects are smaller than a cell of the map, use boxes, or a lower --map-threshold."
+    )
 
 
 def _mean_scores(scores: MapScores, seed: int) -> dict[str, Any]:
