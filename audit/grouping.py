@@ -229,7 +229,7 @@ def _mean_maps(
 def _examples(
     groups: Sequence[ErrorGroup], mapped: NDArray[np.int64], confidence: NDArray[np.float64]
 ) -> list[NDArray[np.int64]]:
-    """Return each group's most confident images that have a map, those of no earlier group first."""
+    """Return the surest wrong images of each group that have maps, not yet shown ones first."""
     chosen: list[NDArray[np.int64]] = []
     for group in groups:
         own = np.intersect1d(group.members, mapped)
