@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from audit import __version__
+from audit.cases_section import NUMBERS as CASE_NUMBERS
+from audit.cases_section import cases_section
 from audit.errors import RunError
 from audit.files import write_text
 from audit.gallery import Card, card
@@ -200,6 +202,8 @@ def _context(run: Run) -> dict[str, Any]:
         "groups_note": attempt(lambda: groups_note(run.groups), ""),
         "repair": _repair(chosen) if chosen else None,
         "comparison_numbers": COMPARISON_NUMBERS,
+        "cases": cases_section(run.info, aliases),
+        "case_numbers": CASE_NUMBERS,
         "cards": attempt(lambda: _cards(source), no_cards),
         "cards_caption": _cards_caption(source),
         "export": attempt(lambda: export_summary(chosen), None) if chosen else None,
