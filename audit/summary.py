@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from audit.cases import CASES
+from audit.cases_section import PROXY_CAUTION, TITLES, cases_title
 from audit.runs import Run
 
 __all__ = ["layers_table", "scan_summary"]
@@ -30,6 +32,7 @@ def scan_summary(run: Run) -> RenderableType:
     lines += [Text(f"- {reason}") for reason in verdict["reasons"]]
     lines += [Text(line) for line in _group_lines(run.groups)]
     lines.append(_accuracy_table(run.info["metrics"]))
+    lines += _case_lines(run.info.get("cases") or {})
     lines.append(_ranking_table(run))
     data = run.info["data"]
     lines.append(
@@ -75,6 +78,22 @@ def _accuracy_table(metrics: Mapping[str, Any]) -> Table:
             Text(f"{worst['name']} {worst['value']:.0%}"),
         )
     return table
+
+
+def _case_lines(cases: Mapping[str, Any]) -> list[RenderableType]:
+    """Return the cases over all images as a table, a proxy with its caution; nothing without."""
+    table = cases.get("table") or []
+    if not table or not table[0]["n"]:
+        return []
+    shown = Table("case", "images", "share [95 %]", title=cases_title(cases), title_justify="left")
+    for case in CASES:
+        share = table[0][f"case{case}"]
+        ends = f"[{share['low']:.1%}, {share['high']:.1%}]"
+        shown.add_row(
+            f"{case}. {TITLES[case].lower()}", str(share["count"]), f"{share['value']:.1%} {ends}"
+        )
+    caution = PROXY_CAUTION if cases.get("source") == "proxy" else cases.get("note")
+    return [shown, Text(caution)] if caution else [shown]
 
 
 def _ranking_table(run: Run) -> Table:
