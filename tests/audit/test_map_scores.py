@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +218,18 @@ def test_runs_from_before_cases_still_open_and_their_report_has_no_such_section(
     assert cases_section({key: run.info[key] for key in run.info if key != "cases"}) is None
     run.info.pop("cases")
     assert "Cases 1 to 4" not in write_report(run, tmp_path / "r.html").read_text()
+
+
+def test_the_command_takes_masks_and_a_threshold(
+    shapes: Shapes, masks: Path, tmp_path: Path, run_command: Callable[..., Any]
+) -> None:
+    options = ("--data", shapes.photos, "--layers", LAYER, "--limit", "30", "--json")
+    finished = run_command(
+        *("audit", "scan", shapes.damaged, *options, "--masks", masks, "--map-threshold", ".3")
+    )
+    assert finished.returncode == 0, finished.stderr
+    cases = json.loads(finished.stdout)["cases"]
+    assert (cases["source"], cases["threshold"]) == ("masks", 0.3)
+    missing = run_command("audit", "scan", shapes.damaged, *options, "--masks", tmp_path / "none")
+    assert missing.returncode == 1
+    assert "give a folder of mask images or a COCO JSON file" in " ".join(missing.stderr.split())
