@@ -336,7 +336,9 @@ def _distinct(groups: Sequence[ErrorGroup]) -> list[ErrorGroup]:
         surest = min(waiting, key=lambda one: one.p_value)
         rivals = [group for group in waiting if _overlap(group, surest)]
         most = max(group.excess for group in rivals)
-        telling = [group for group in rivals if group.excess >= NEARLY_ALL * most]
+        # Below chance, which only a lax alpha lets through, the least is the most.
+        enough = min(most, NEARLY_ALL * most)
+        telling = [group for group in rivals if group.excess >= enough]
         # Of groups that look alike the one within a predicted class says more.
         told = min(telling, key=lambda one: (one.area, one.kind != "both", one.p_value))
         kept.append(told)

@@ -46,9 +46,15 @@ def looking_layer(program: Program) -> str | None:
         return last
     for layer in reversed(layers):
         fine = FINE_GRID <= cells[layer.name] <= PIXEL_GRID
-        if fine and len(program.split(layer.name).crossing_nodes) == 1:
+        if fine and _all_passes_through(program, layer.name):
             return layer.name
     return last
+
+
+def _all_passes_through(program: Program, layer: str) -> bool:
+    """Whether the layer is all that reads what comes before it: no branch or residual beside it."""
+    crossing = program.split(layer).crossing_nodes
+    return len(crossing) == 1 and len(crossing[0].users) == 1
 
 
 def draw_images(labels: Integers, guesses: Integers, seed: int) -> Integers:

@@ -1,0 +1,249 @@
+"""From a network and images to error groups in a run: the demo's badge is found by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import audit.looking
+from audit.demo import MODEL_NAME, models_folder
+from audit.digits import MARKED_NAME, write_digit_images
+from audit.errors import RunError
+from audit.group_cards import group_cards, groups_note
+from audit.grouping import FoundGroups, error_groups
+from audit.images import (
+    ImageBatch,
+    ImageFolder,
+    iterate_batches,
+    load_pixels,
+    open_image_folder,
+)
+from audit.looking import draw_images, looking_layer
+from audit.networks import Network, open_network
+from audit.networks.program import Program
+from audit.report import write_report
+from audit.runs import Run, open_run, start_run
+from tests.run_builder import build_run
+from tests.shapes import Shapes
+
+Scene = tuple[Network, ImageFolder, np.ndarray, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """The demo's network, images, and its answers; all of the test split count as wrong."""
+    root = tmp_path_factory.mktemp("digits")
+    write_digit_images(root, seed=0, splits=("val", "test"))
+    network = open_network(str(models_folder() / MODEL_NAME / f"{MODEL_NAME}.safetensors"))
+    folder = open_image_folder(root, network.card.classes, seed=0)
+    labels = np.array([record.label for record in folder.records])
+    predicted, p_predicted = (labels + 1) % 10, np.ones(len(labels))
+    for batch in _batches(network, folder):
+        with torch.no_grad():
+            probabilities = network.program.logits(network.normalize(batch.pixels)).softmax(dim=1)
+        p_predicted[batch.indices], predicted[batch.indices] = probabilities.double().max(dim=1)
+    return network, folder, predicted, p_predicted
+
+
+def _batches(network: Network, folder: ImageFolder) -> Iterator[ImageBatch]:
+    positions = [i for i, record in enumerate(folder.records) if record.split != "test"]
+    return iterate_batches(folder, positions, network.card.preprocessing, batch_size=50)
+
+
+@pytest.fixture(scope="module")
+def found(scene: Scene) -> FoundGroups:
+    network, folder, predicted, p_predicted = scene
+    return error_groups(network, folder, predicted, p_predicted, seed=0)
+
+
+@pytest.fixture
+def run(found: FoundGroups, tmp_path: Path) -> Run:
+    """A run that holds these groups."""
+    run = build_run(tmp_path / "runs", images=120)
+    run.write_groups(found.document, found.maps, found.pictures)
+    return open_run(run.path)
+
+
+def test_the_badge_in_the_corners_is_named(found: FoundGroups) -> None:
+    groups = found.document["groups"]
+    said, looked = groups
+    assert (said["kind"], said["predicted_name"], said["region"]) == ("confusion", "3", None)
+    assert (looked["kind"], looked["predicted_name"]) == ("both", "3")
+    assert looked["region"] == "one of the corners"
+    assert looked["p_adjusted"] < 1e-6 and looked["size"] > looked["expected"]
+    marked = [MARKED_NAME in path for path in looked["paths"]]
+    assert np.mean(marked) > 0.95
+    assert looked["share"]["value"] == looked["size"] / looked["of"]
+    assert looked["share"]["low"] < looked["share"]["value"] < looked["share"]["high"]
+    assert sum(looked["ninths"].values()) == looked["size"]
+    assert f"{looked['size']} of {looked['of']} errors: anything called 3" in looked["sentence"]
+    assert "(Holm, " in looked["sentence"]
+
+
+def test_the_last_grid_is_too_coarse_and_a_finer_one_is_looked_at(
+    scene: Scene, found: FoundGroups
+) -> None:
+    program = scene[0].program
+    assert program.layer("last_conv").output_shape[1:] == (4, 4)
+    assert found.document["layer"] == "block4_conv3"
+    assert program.layer("block4_conv3").output_shape[1:] == (8, 8)
+
+
+def test_no_image_of_the_test_split_takes_part(scene: Scene, found: FoundGroups) -> None:
+    folder, predicted = scene[1], scene[2]
+    split = {record.path: record.split for record in folder.records}
+    paths = {path for group in found.document["groups"] for path in group["paths"]}
+    assert {split[path] for path in paths} == {"train", "val"}
+    labels = np.array([record.label for record in folder.records])
+    used = np.array([record.split != "test" for record in folder.records])
+    assert found.document["images"] == used.sum()
+    assert found.document["errors"] == (used & (labels != predicted)).sum()
+
+
+def test_kept_maps_speak_for_the_answer_that_was_given(scene: Scene, found: FoundGroups) -> None:
+    network, folder, predicted, _ = scene
+    group = found.document["groups"][1]
+    place_of = {record.path: i for i, record in enumerate(folder.records)}
+    places = [place_of[path] for path in group["paths"]]
+    images = network.normalize(load_pixels(folder, places, network.card.preprocessing).pixels)
+    activations, logits = network.program.watch(images, ["block4_conv3"])
+    scores = sum(row[int(predicted[place])] for row, place in zip(logits, places, strict=True))
+    (gradients,) = torch.autograd.grad(scores, activations["block4_conv3"])
+    product = (activations["block4_conv3"] * gradients).detach().double().numpy()
+    heat = product.sum(axis=1).clip(min=0)
+    heat /= heat.max(axis=(1, 2), keepdims=True)
+    maps = dict(zip(group["paths"], heat, strict=True))
+    np.testing.assert_allclose(found.maps["wrong"][1], heat.mean(axis=0), atol=1e-4)
+    for example in group["examples"]:
+        kept = found.maps["examples"][int(example["id"])]
+        np.testing.assert_allclose(kept, maps[example["path"]], atol=1e-4)
+        with Image.open(folder.root / example["path"]) as seen:
+            assert np.array_equal(found.pictures[int(example["id"])], np.asarray(seen))
+
+
+def test_examples_are_the_surest_of_a_group(scene: Scene, found: FoundGroups) -> None:
+    folder, p_predicted = scene[1], scene[3]
+    sure = {record.path: p for record, p in zip(folder.records, p_predicted, strict=True)}
+    group = found.document["groups"][0]
+    assert len(group["examples"]) == 8
+    shown = [example["p_predicted"] for example in group["examples"]]
+    assert shown == sorted((sure[path] for path in group["paths"]), reverse=True)[:8]
+
+
+def test_many_images_are_drawn_down_and_the_groups_say_of_how_many(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit.looking, "IMAGES_LOOKED_AT", 60)
+    network, folder, predicted, p_predicted = scene
+    document = error_groups(network, folder, predicted, p_predicted, seed=0).document
+    assert document["errors_looked_at"] == 60 and 0 < document["right_looked_at"] <= 60
+    looked = [group for group in document["groups"] if group["region"]]
+    assert all(group["of"] == 60 for group in looked)
+    assert all("of 60 errors looked at (" in group["sentence"] for group in looked)
+
+
+def test_right_images_are_drawn_from_the_answers_that_errors_gave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(audit.looking, "IMAGES_LOOKED_AT", 40)
+    labels = np.repeat([0, 1, 2, 3], 100)
+    guesses = labels.copy()
+    guesses[:30] = 1  # three errors in four are called 1, the others 2
+    guesses[100:110] = 2
+    drawn = draw_images(labels, guesses, seed=0)
+    right = drawn[labels[drawn] == guesses[drawn]]
+    assert len(drawn) == 80 and len(set(drawn.tolist())) == 80
+    assert np.bincount(guesses[right], minlength=4).tolist() == [0, 30, 10, 0]
+    assert np.array_equal(drawn, draw_images(labels, guesses, seed=0))
+    assert not np.array_equal(drawn, draw_images(labels, guesses, seed=1))
+
+
+class _Bypassed(nn.Module):
+    """A stem, a block that a residual passes by at the stem's size, and a coarse end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, stride=4, padding=1)
+        self.inside = nn.Conv2d(4, 4, 3, padding=1)
+        self.coarse = nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.relu(self.stem(images))
+        hidden = hidden + torch.relu(self.inside(hidden))
+        return self.fc(torch.relu(self.coarse(hidden)).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("side", "layer"),
+    [
+        (32, "stem"),  # grids of 8, 8 and 4 cells: the last is too coarse, the second passed by
+        (64, "coarse"),  # grids of 16, 16 and 8 cells
+        (16, "coarse"),  # grids of 4, 4 and 2 cells: none is fine enough
+        (128, "coarse"),
+    ],
+)
+def test_maps_come_from_the_last_layer_that_is_fine_and_that_nothing_passes_by(
+    side: int, layer: str
+) -> None:
+    assert looking_layer(Program.capture(_Bypassed().eval(), (side, side))) == layer
+
+
+def test_a_healthy_network_has_no_groups(shapes: Shapes) -> None:
+    network = open_network(str(shapes.healthy))
+    folder = open_image_folder(shapes.photos, network.card.classes, seed=0)
+    labels = np.array([record.label for record in folder.records])
+    found = error_groups(network, folder, labels, np.ones(len(labels)), seed=0)
+    assert found.document["groups"] == [] and found.document["errors"] == 0
+    assert found.pictures == [] and len(found.maps["wrong"]) == 0
+
+
+# -------------------------------------------------------------------- in the run and the report
+
+
+def test_a_run_gives_back_the_groups_that_were_written(run: Run, found: FoundGroups) -> None:
+    assert run.groups == {"schema_version": 1, **json.loads(json.dumps(found.document))}
+    for kind in ("wrong", "right", "examples"):
+        np.testing.assert_allclose(run.group_maps(kind), found.maps[kind], atol=1e-3)
+    with Image.open(run.group_image("0000")) as picture:
+        assert picture.size == (64, 64)
+
+
+def test_a_run_without_groups_has_none_and_a_damaged_one_says_so(run: Run, tmp_path: Path) -> None:
+    older = start_run(tmp_path / "older", "m")
+    assert older.groups == {"groups": []} and group_cards(older) == []
+    assert groups_note(older.groups) == ""
+    (run.path / "maps" / "groups.npz").write_bytes(b"not an archive")
+    with pytest.raises(RunError, match="is damaged"):
+        group_cards(run)
+    (run.path / "groups.json").write_text('{"schema_version": 2, "groups": []}')
+    with pytest.raises(RunError, match="schema version 2"):
+        _ = open_run(run.path).groups
+
+
+def test_the_report_shows_groups_with_maps_and_examples(run: Run, tmp_path: Path) -> None:
+    cards = group_cards(run)
+    assert [len(card.maps) for card in cards] == [2, 2]
+    assert [len(card.examples) for card in cards] == [8, 8]
+    page = write_report(run, tmp_path / "report.html").read_text()
+    assert "Errors that share something" in page
+    assert "Anything called 3, looking at one of the corners" in page
+    for group in run.groups["groups"]:
+        assert group["examples"][0]["path"] in page
+    assert "57 tests" in page or f"{run.groups['tests']} tests" in page
+
+
+def test_names_from_files_stay_text_in_the_report(run: Run, tmp_path: Path) -> None:
+    document: dict[str, Any] = json.loads(json.dumps(run.groups))
+    document["groups"][0]["sentence"] = "9 of 9 errors: <script>alert(1)</script> called 3"
+    (run.path / "groups.json").write_text(json.dumps(document))
+    page = write_report(open_run(run.path), tmp_path / "report.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
