@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -155,6 +155,7 @@ def layers_command(
     rows = [
         {
             "name": layer.name,
+            "alias": layer.alias,
             "aliases": list(layer.aliases),
             "kind": layer.kind,
             "shape": list(layer.shape),
@@ -182,6 +183,95 @@ def report(
     from audit.runs import open_run_or_newest
 
     print(write_report(open_run_or_newest(run), out))
+
+
+def _limit(text: str, metavar: str = "SHARE") -> Any:
+    highest = 1.0 if metavar == "SHARE" else None
+    return typer.Option(help=text, min=0, max=highest, metavar=metavar)
+
+
+@app.command("gate")
+def gate_command(
+    run: RunArgument = None,
+    min_accuracy: Annotated[
+        float | None, _limit("Least share of images that are right, such as .9.")
+    ] = None,
+    min_worst_class: Annotated[
+        float | None, _limit("Least accuracy of the class that does worst.")
+    ] = None,
+    max_cross_entropy: Annotated[
+        float | None, _limit("Largest mean cross entropy.", "NATS")
+    ] = None,
+    min_case1: Annotated[
+        float | None, _limit("Least share of images that are right with an accurate map.")
+    ] = None,
+    max_case2: Annotated[
+        float | None, _limit("Largest share of images that are wrong with an accurate map.")
+    ] = None,
+    max_case3: Annotated[
+        float | None, _limit("Largest share of images that are right with an inaccurate map.")
+    ] = None,
+    max_case4: Annotated[
+        float | None, _limit("Largest share of images that are wrong with an inaccurate map.")
+    ] = None,
+    no_flag: Annotated[
+        bool, typer.Option("--no-flag", help="The verdict must be `none`: no layer at fault.")
+    ] = False,
+    max_groups: Annotated[int | None, _limit("Most error groups that beat chance.", "N")] = None,
+    max_group_share: Annotated[
+        float | None, _limit("Largest share of the errors in one error group.")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Images that accuracy, cross entropy and cases are measured on; all by default, "
+            "with --repair the test split. Verdict and groups are of the whole scan.",
+            metavar="all|train|val|test",
+        ),
+    ] = None,
+    confident: Annotated[
+        bool,
+        typer.Option(
+            "--confident",
+            help="The end of the 95 % interval has to pass, not only the estimate: few images "
+            "are then no proof, and every class has to pass by its own interval.",
+        ),
+    ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Judge the newest accepted repair, not the scanned model."),
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Hold a run against limits, for pipelines: exits with 0 if all are met, with 3 if not.
+
+    1 means that a number is missing (and why), 2 that the command line is wrong.
+    """
+    from audit.errors import GateTripped
+    from audit.gate import GateConfig, Limits, gate
+    from audit.runs import open_run_or_newest
+    from audit.summary import gate_failures, gate_summary
+
+    limits = Limits(
+        min_accuracy=min_accuracy,
+        min_worst_class=min_worst_class,
+        max_cross_entropy=max_cross_entropy,
+        min_case1=min_case1,
+        max_case2=max_case2,
+        max_case3=max_case3,
+        max_case4=max_case4,
+        max_flagged=0 if no_flag else None,
+        max_groups=max_groups,
+        max_group_share=max_group_share,
+    )
+    config = GateConfig(limits=limits, split=split, confident=confident, repair=repair)
+    result = gate(open_run_or_newest(run), config)
+    if json:
+        console.print_json(result.as_dict())
+    else:
+        console.stdout.print(gate_summary(result))
+    if result.failed:
+        raise GateTripped(gate_failures(result))
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,9 +13,11 @@ from rich.text import Text
 
 from audit.cases import CASES
 from audit.cases_section import PROXY_CAUTION, TITLES, cases_title
+from audit.criteria import Kind
+from audit.gate import GateResult, Outcome
 from audit.runs import Run
 
-__all__ = ["layers_table", "scan_summary"]
+__all__ = ["gate_failures", "gate_summary", "layers_table", "scan_summary"]
 
 SHOWN_LAYERS = 8
 
@@ -46,8 +49,11 @@ def scan_summary(run: Run) -> RenderableType:
 
 
 def layers_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of ``audit layers``."""
-    table = Table("layer", "aliases", "kind", "shape", "parameters")
+    """Return the table of ``audit layers``, in the order of computation."""
+    table = Table("layer", "aliases", "kind", "shape", "parameters", show_footer=True)
+    table.columns[0].footer = f"{len(rows)} layers" if len(rows) != 1 else "1 layer"
+    table.columns[-1].footer = f"{sum(row['parameters'] for row in rows):,}"
+    table.columns[-1].justify = "right"
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
         aliases = ", ".join(row["aliases"])
@@ -55,6 +61,55 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             Text(row["name"]), Text(aliases), row["kind"], shape, f"{row['parameters']:,}"
         )
     return table
+
+
+def gate_summary(result: GateResult) -> RenderableType:
+    """Return the outcome of ``audit gate``: every criterion beside what was measured."""
+    table = Table("criterion", "required", "measured [95 %]", "images", "result")
+    for one in result.outcomes:
+        measured, shown = one.measured, partial(_limited, kind=one.kind)
+        text = shown(measured.value)
+        if measured.low is not None and measured.high is not None:
+            text += f" [{shown(measured.low)}, {shown(measured.high)}]"
+        about = Text(f"{text}\n{measured.note}" if measured.note else text)
+        sense = "at least" if one.sense == "min" else "at most"
+        outcome = Text("pass") if one.passed else Text("FAIL", style="bold")
+        images = "" if measured.n is None else f"{measured.n:,}"
+        table.add_row(Text(one.title), f"{sense} {shown(one.required)}", about, images, outcome)
+    subject = f"repair {result.repair}" if result.repair else "the scanned network"
+    images = "all images" if result.split == "all" else f"images of the split {result.split}"
+    compared = "the nearer end of each interval" if result.confident else "the estimates"
+    met, asked = len(result.outcomes) - len(result.failed), len(result.outcomes)
+    return Group(
+        Text(f"Gate: {subject}, {images}, comparing {compared}", style="bold"),
+        table,
+        Text(f"{'Passed' if not result.failed else 'Tripped'}: {met} of {asked} criteria met."),
+        Text(f"Run folder: {result.run}"),
+    )
+
+
+def gate_failures(result: GateResult) -> str:
+    """Return which criteria were not met, in one line."""
+    return "the gate tripped: " + "; ".join(_failure(one) for one in result.failed)
+
+
+def _failure(one: Outcome) -> str:
+    # As many digits as it takes to see that they differ.
+    pairs = [[_limited(x, one.kind, more) for x in (one.judged, one.required)] for more in range(9)]
+    judged, required = next((pair for pair in pairs if pair[0] != pair[1]), pairs[-1])
+    word = "below" if one.sense == "min" else "above"
+    interval = "" if one.judged == one.measured.value else ", the end of its 95 % interval,"
+    return f"{one.title} {judged}{interval} is {word} {required} ({one.option})"
+
+
+def _limited(value: float, kind: Kind, more: int = 0) -> str:
+    match kind:
+        case "share":
+            return f"{value:.{1 + more}%}"
+        case "nats":
+            return f"{value:.{3 + more}f}"
+        case "count":
+            return f"{value:.0f}"
 
 
 def _group_lines(document: Mapping[str, Any]) -> list[str]:
@@ -83,8 +138,11 @@ def _accuracy_table(metrics: Mapping[str, Any]) -> Table:
 def _case_lines(cases: Mapping[str, Any]) -> list[RenderableType]:
     """Return the cases over all images as a table, a proxy with its caution; nothing without."""
     table = cases.get("table") or []
-    if not table or not table[0]["n"]:
+    if not table:
         return []
+    note = cases.get("note")
+    if not table[0]["n"]:
+        return [Text(f"{cases_title(cases)}: {note}")] if note else []
     shown = Table("case", "images", "share [95 %]", title=cases_title(cases), title_justify="left")
     for case in CASES:
         share = table[0][f"case{case}"]
@@ -92,7 +150,7 @@ def _case_lines(cases: Mapping[str, Any]) -> list[RenderableType]:
         shown.add_row(
             f"{case}. {TITLES[case].lower()}", str(share["count"]), f"{share['value']:.1%} {ends}"
         )
-    caution = PROXY_CAUTION if cases.get("source") == "proxy" else cases.get("note")
+    caution = note or (PROXY_CAUTION if cases.get("source") == "proxy" else "")
     return [shown, Text(caution)] if caution else [shown]
 
 
