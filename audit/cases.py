@@ -36,16 +36,21 @@ __all__ = [
 
 Source = Literal["masks", "votes", "proxy"]
 CASES = (1, 2, 3, 4)
+_MANY, _RARE = 50, 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class MapAccuracy:
-    """Which maps are accurate, by what rule; None where the source says nothing of an image."""
+    """Which maps are accurate, by what rule; None where the source says nothing of an image.
+
+    `note` is a warning about the source, empty where there is nothing to warn of.
+    """
 
     source: Source
     threshold: float
     rule: str
     accurate: tuple[bool | None, ...]
+    note: str = ""
 
 
 def by_masks(energy_inside: ArrayLike, threshold: float) -> MapAccuracy:
@@ -66,17 +71,31 @@ def by_masks(energy_inside: ArrayLike, threshold: float) -> MapAccuracy:
 def by_proxy(faithfulness: ArrayLike, threshold: float) -> MapAccuracy:
     """Return which maps pass for accurate by insertion.
 
+    The threshold is an absolute probability, tuned on networks of five classes. Where (nearly) all
+    maps of many fall on one side of it, it tells nothing apart, and no image is given a case.
+
     Args:
         faithfulness: Per image, as `audit.faithfulness.faithfulness` gives it; NaN where it was
             not measured.
     """
+    accurate = _at_least(faithfulness, threshold)
+    known = [passes for passes in accurate if passes is not None]
+    note = ""
+    if len(known) >= _MANY and not _RARE <= sum(known) / len(known) <= 1 - _RARE:
+        accurate = (None,) * len(accurate)
+        note = (
+            f"The proxy tells nothing about this network: {sum(known)} of {len(known)} maps reach "
+            f"its threshold of {threshold:.2f}, so no image was given a case. Give masks of the "
+            "objects with --masks."
+        )
     return MapAccuracy(
         source="proxy",
         threshold=threshold,
         rule="Proxy: a map passes for accurate if the region that it keeps, shown alone on a "
         "blurred image, is taken for the true class with a mean probability of at least "
         f"{threshold:.2f} (insertion). No mask and no person has said where the object is.",
-        accurate=_at_least(faithfulness, threshold),
+        accurate=accurate,
+        note=note,
     )
 
 

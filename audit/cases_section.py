@@ -46,7 +46,7 @@ def cases_section(
     """
     cases = info.get("cases") or {}
     table = cases.get("table") or []
-    if not table or not table[0].get("n"):
+    if not table or not (table[0].get("n") or cases.get("note")):
         return None
     layer = str(cases.get("layer", ""))
     proxy = cases.get("source") == "proxy"
@@ -57,7 +57,7 @@ def cases_section(
         "caption": f"{method_title(str(cases.get('method', '')))} maps of "
         f"{layer_title(layer, (aliases or {}).get(layer))} for the true class. "
         f"{cases.get('rule', '')}",
-        "caution": PROXY_CAUTION if proxy else str(cases.get("note") or ""),
+        "caution": str(cases.get("note") or (PROXY_CAUTION if proxy else "")),
         "caution_title": "These cases come from a proxy"
         if proxy
         else "The threshold may not fit these objects",
@@ -69,6 +69,7 @@ def cases_section(
                 f"95 %: {span(whole[f'case{case}'])}",
             )
             for case in CASES
+            if whole["n"]
         ],
         "rows": [_row(row) for row in (whole, *classes[:CLASS_LIMIT])] if classes else [],
         "rows_title": "Class by class, by proxy" if proxy else "Class by class",

@@ -168,6 +168,7 @@ def case_record(
         "source": accuracy.source,
         "threshold": accuracy.threshold,
         "rule": accuracy.rule,
+        "note": accuracy.note,
         "layer": layer,
         "method": "gradcam",
         "images": sum(case is not None for case in cases),

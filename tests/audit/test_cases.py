@@ -40,6 +40,16 @@ def test_the_proxy_calls_itself_one() -> None:
     assert found.source == "proxy" and found.rule.startswith("Proxy:")
 
 
+@pytest.mark.parametrize("score", [0.3, 1.0])
+def test_a_proxy_that_tells_nothing_apart_gives_no_cases_and_says_so(score: float) -> None:
+    found = by_proxy([score] * 60, 0.99)
+    assert set(found.accurate) == {None}
+    assert f"{60 if score == 1 else 0} of 60 maps reach its threshold" in found.note
+    mixed = by_proxy([score] * 57 + [0.3, 1.0, 1.0], 0.99)
+    assert None not in mixed.accurate and mixed.note == ""
+    assert None not in by_proxy([score] * 10, 0.99).accurate  # too few to say
+
+
 def test_the_majority_of_votes_decides_and_ties_do_not() -> None:
     votes = {"a": [True, True, False], "b": [False], "c": [True, False], "d": []}
     found = by_votes(["a", "b", "c", "d", "e"], votes)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from audit import console
+from audit.cases import by_proxy, case_table
 from audit.cases_section import PROXY_CAUTION, cases_section
 from audit.errors import ImageError, UsageError
 from audit.map_scores import proxy_positions
@@ -197,6 +198,19 @@ def test_report_and_summary_show_the_cases_and_name_the_source(
             assert figure.value == f"{share:.1f}\N{NO-BREAK SPACE}%"
             assert figure.value in html
             assert ("(proxy)" in figure.label) == (source == "by proxy")
+
+
+def test_a_proxy_that_says_nothing_is_shown_as_that(
+    unmasked: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(unmasked.path)
+    accuracy = by_proxy([0.2] * 60, 0.99)
+    table = case_table(accuracy.accurate, ["disk"] * 60)  # no case anywhere
+    run.info["cases"] |= {"table": table, "note": accuracy.note, "images": 0, "without": 60}
+    html = write_report(run, tmp_path / "r.html").read_text()
+    assert accuracy.note in html and "Case 1:" not in html and "nan" not in html
+    console.stdout.print(scan_summary(run))
+    assert f"by proxy: {accuracy.note}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_runs_from_before_cases_still_open_and_their_report_has_no_such_section(
