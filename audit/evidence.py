@@ -2,23 +2,26 @@
 
 One forward and two backward passes a batch give, for all layers at once, the gradient of the cross
 entropy by the weights (its norm, its norm relative to the weights, its signal-to-noise ratio over
-batches) and the map of the true class (how much of it is lit on right and on wrong images, and the
-paper's own penalty R1 + R2). These scores are cheap and known to be weak on their own; the trial
-repairs of `audit.trials` decide.
+batches), the map of the true class (how much of it is lit on right and on wrong images, and the
+paper's own penalty R1 + R2), and the drift of its output from what the batch norm behind it
+remembers. Gradients and maps are known to be weak on their own. The onset of drift is not: where
+there is batch norm it names the layer, and the trial repairs of `audit.trials` say whether a repair
+is worth it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from audit.drift import ChannelSums, drift, onsets
 from audit.networks.layers import Layer
-from audit.networks.program import Program
+from audit.networks.program import BatchNorm, Program
 from audit.saliency import layer_map, normalize_maps, target_scores
 from audit.statistics import Interval, auroc
 
@@ -38,6 +41,12 @@ class LayerEvidence:
         map_mean_wrong: The same of images that it gets wrong.
         map_auroc: How well a small S tells wrong images from right ones, 0.5 is chance.
         penalty: Mean R1 + R2 of Eq. 5-6 with the bounded scaling; NaN without maps.
+        drift: How far its output is from what the batch norm behind it remembers, in nats; NaN
+            without batch norm.
+        drift_onset: How many times more it drifts than anything that feeds it, as a logarithm; NaN
+            without batch norm.
+        first_in_line: True where no layer with batch norm feeds it, so that drift may as well come
+            from the images.
     """
 
     layer: Layer
@@ -48,6 +57,9 @@ class LayerEvidence:
     map_mean_wrong: float
     map_auroc: Interval
     penalty: float
+    drift: float
+    drift_onset: float
+    first_in_line: bool
 
 
 @dataclass
@@ -80,6 +92,7 @@ class _Sums:
     map_means: dict[str, list[Tensor]] = field(default_factory=dict)
     true_probabilities: list[Tensor] = field(default_factory=list)
     right: list[Tensor] = field(default_factory=list)
+    outputs: dict[str, ChannelSums] = field(default_factory=dict)
 
 
 def gather_evidence(
@@ -104,11 +117,25 @@ def gather_evidence(
     """
     sums = _Sums()
     trained = {name: layer for layer in layers for name in layer.parameter_names}
+    # Of every layer, whichever are scored: the onset compares with all that come before.
+    norms = {x.name: norm for x in program.layers if (norm := program.batch_norm_after(x.name))}
     for images, labels in batches:
-        logits, maps = _add_batch(sums, program, images, labels, layers, list(trained))
+        logits, maps = _add_batch(sums, program, images, labels, layers, list(trained), norms)
         if on_batch is not None:
             on_batch(logits, maps)
-    return [_summarize(sums, program, layer, seed) for layer in layers]
+    drifts = {name: drift(sums.outputs[name], norms[name]) for name in sums.outputs}
+    feeding = {name: program.feeding(name) & drifts.keys() for name in drifts}
+    started = onsets(drifts, feeding)
+    nan = float("nan")
+    return [
+        replace(
+            _summarize(sums, program, layer, seed),
+            drift=drifts.get(layer.name, nan),
+            drift_onset=started.get(layer.name, nan),
+            first_in_line=not feeding.get(layer.name),
+        )
+        for layer in layers
+    ]
 
 
 def _add_batch(
@@ -118,17 +145,24 @@ def _add_batch(
     labels: Tensor,
     layers: list[Layer],
     trained: list[str],
+    norms: Mapping[str, BatchNorm],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     with_maps = [layer.name for layer in layers if layer.has_maps]
     leaves = {name: program.state[name].detach().requires_grad_() for name in trained}
     with torch.enable_grad():
-        activations, logits = program.watch(images, with_maps, leaves)
+        watched = list(dict.fromkeys([*with_maps, *norms]))
+        activations, logits = program.watch(images, watched, leaves)
         by_weight = torch.autograd.grad(
             F.cross_entropy(logits, labels), list(leaves.values()), retain_graph=True
         )
         by_activation = torch.autograd.grad(
-            target_scores(logits, labels), list(activations.values())
+            target_scores(logits, labels), [activations[name] for name in with_maps]
         )
+    for name in norms:
+        output = activations[name].detach()
+        if name not in sums.outputs:
+            sums.outputs[name] = ChannelSums.empty(output.shape[1], output.device)
+        sums.outputs[name].add(output)
     for name, gradient in zip(leaves, by_weight, strict=True):
         if name not in sums.gradients:
             zeros = torch.zeros_like(gradient)
@@ -175,6 +209,9 @@ def _summarize(sums: _Sums, program: Program, layer: Layer, seed: int) -> LayerE
         map_mean_wrong=map_mean_wrong,
         map_auroc=separation,
         penalty=penalty,
+        drift=nan,
+        drift_onset=nan,
+        first_in_line=True,
     )
 
 
@@ -190,4 +227,7 @@ def _no_evidence(layer: Layer) -> LayerEvidence:
         map_mean_wrong=nan,
         map_auroc=Interval(value=nan, low=nan, high=nan),
         penalty=nan,
+        drift=nan,
+        drift_onset=nan,
+        first_in_line=True,
     )

@@ -81,7 +81,10 @@ RUN_IMAGES = {
 }
 # Columns that joined the schema later: null where a run was written before.
 ADDED_LATER = frozenset(
-    {"map_accurate", "map_energy_inside", "map_pointing_hit", "mask_area", "map_faithfulness"}
+    {
+        *("map_accurate", "map_energy_inside", "map_pointing_hit", "mask_area"),
+        *("map_faithfulness", "bn_drift", "bn_drift_onset"),
+    }
 )
 RUN_LAYERS = {
     "index": _INT,
@@ -99,6 +102,8 @@ RUN_LAYERS = {
     "map_auroc_low": _REAL,
     "map_auroc_high": _REAL,
     "penalty": _REAL,
+    "bn_drift": _REAL,
+    "bn_drift_onset": _REAL,
     "trial_gain": _REAL,
     "trial_gain_low": _REAL,
     "trial_gain_high": _REAL,

@@ -53,7 +53,7 @@ from audit.saliency import (
 )
 from audit.statistics import classification_metrics
 from audit.trials import TrialConfig, TrialRepair, trial_repairs
-from audit.verdict import judge, ranking
+from audit.verdict import drift_origin, judge, ranking
 
 __all__ = ["ScanConfig", "ScanRequest", "scan_model"]
 
@@ -216,6 +216,7 @@ def _fill_run(
     wrong = int((predictions.predicted[held_out] != labels[held_out]).sum())
     verdict = judge(
         trials,
+        evidence,
         steps=config.trial.steps,
         wrong=wrong,
         images=len(held_out),
@@ -552,7 +553,12 @@ def _image_rows(
 def _layer_rows(
     layers: tuple[Layer, ...], evidence: list[LayerEvidence], trials: list[TrialRepair]
 ) -> list[dict[str, Any]]:
-    ranks = {trial.layer.name: rank for rank, trial in enumerate(ranking(trials), start=1)}
+    origin = drift_origin(evidence)
+    # Where drift sets in comes first, then whose trial removes most: sorting keeps that order.
+    suspects = sorted(
+        ranking(trials), key=lambda trial: origin is None or trial.layer != origin.layer
+    )
+    ranks = {trial.layer.name: rank for rank, trial in enumerate(suspects, start=1)}
     tried = {trial.layer.name: trial for trial in trials}
     rows = []
     for layer, scores in zip(layers, evidence, strict=True):
@@ -572,6 +578,8 @@ def _layer_rows(
             "map_auroc_low": scores.map_auroc.low,
             "map_auroc_high": scores.map_auroc.high,
             "penalty": scores.penalty,
+            "bn_drift": scores.drift,
+            "bn_drift_onset": scores.drift_onset,
         }
         if layer.name in tried:
             trial = tried[layer.name]

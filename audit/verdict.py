@@ -1,22 +1,34 @@
 """The verdict: what the trial repairs add up to, with its reasons in sentences.
 
-``localized``: one layer's trial removes clearly more held-out error than any other's. ``spread``:
-several layers do about equally well, as often with shortcuts, which any later layer can undo.
-``none``: no trial removes more than trials do on networks without a fault.
+``none``: no trial removes more than trials do on networks without a fault. ``localized``: the
+outputs of one layer leave what its batch norm remembers while nothing that feeds it does (the onset
+of drift, `audit.drift`), or its trial removes clearly more held-out error than any other's.
+``spread``: several layers do about equally well, as often with shortcuts, which any later layer can
+undo.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from audit.evidence import LayerEvidence
 from audit.statistics import Interval
 from audit.trials import TrialRepair
 
-__all__ = ["FLAG_THRESHOLD", "TIE_MARGIN", "Verdict", "judge", "ranking"]
+__all__ = [
+    "FLAG_THRESHOLD",
+    "ONSET_THRESHOLD",
+    "TIE_MARGIN",
+    "Verdict",
+    "drift_origin",
+    "judge",
+    "ranking",
+]
 
 FLAG_THRESHOLD = 0.10
 """Share of the held-out error that the best trial must remove, with the lower end of its interval,
@@ -27,6 +39,11 @@ TIE_MARGIN = 0.05
 
 MINIMUM_ERRORS = 5
 
+ONSET_THRESHOLD = 1.25
+"""Onset of drift, a logarithm, from which a layer is where drift sets in: 3.5-fold. Layers
+of healthy networks stay below it, but for the first ones, which drift when the images do
+(ARCHITECTURE.md)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -35,8 +52,8 @@ class Verdict:
     Attributes:
         verdict: The conclusion.
         layers: The layers at fault, best first; empty for ``none``.
-        confidence: Share of bootstrap draws of the images in which the first layer stays first;
-            None for ``none``.
+        confidence: Share of bootstrap draws of the images in which the best trial stays the best;
+            None for ``none``, and where drift named the layer.
         reasons: Plain sentences.
         numbers: What stands behind each reason.
     """
@@ -62,12 +79,29 @@ def ranking(trials: Sequence[TrialRepair]) -> list[TrialRepair]:
     return sorted(trials, key=lambda trial: trial.gain.value, reverse=True)
 
 
+def drift_origin(evidence: Sequence[LayerEvidence]) -> LayerEvidence | None:
+    """Return the layer where drift sets in most, None where it sets in nowhere.
+
+    The first layers with batch norm are left out: their drift may be that of the images.
+    """
+    inner = [scores for scores in evidence if not scores.first_in_line]
+    most = max(inner, key=lambda scores: scores.drift_onset, default=None)
+    return most if most is not None and most.drift_onset >= ONSET_THRESHOLD else None
+
+
 def judge(
-    trials: Sequence[TrialRepair], *, steps: int, wrong: int, images: int, seed: int
+    trials: Sequence[TrialRepair],
+    evidence: Sequence[LayerEvidence] = (),
+    *,
+    steps: int,
+    wrong: int,
+    images: int,
+    seed: int,
 ) -> Verdict:
-    """Return the verdict on the trial repairs of all layers.
+    """Return the verdict on the trial repairs of all layers and where drift sets in.
 
     Args:
+        evidence: Scores of the layers; without any the trials decide alone.
         steps: Steps that each trial took.
         wrong: Held-out images that the network gets wrong.
         images: Held-out images that judged the trials.
@@ -87,6 +121,14 @@ def judge(
             f"{MINIMUM_ERRORS} errors are needed to blame a layer for them."
         )
         return _none((reason,), numbers)
+    origin = drift_origin(evidence)
+    if origin is not None:
+        numbers["drift_origin"] = {
+            "layer": origin.layer.name,
+            "drift": origin.drift,
+            "onset": origin.drift_onset,
+            "threshold": ONSET_THRESHOLD,
+        }
     ranked = ranking(trials)
     best = ranked[0]
     numbers["best"] = {"layer": best.layer.name, **best.gain.as_dict()}
@@ -95,7 +137,16 @@ def judge(
             f"No layer's trial repair clearly removes more than {FLAG_THRESHOLD:.0%} of the "
             f"held-out error; the best, `{best.layer.name}`, removes {_percent(best.gain)}."
         )
-        return _none((reason,), numbers)
+        remark = (_drift_reason(origin),) if origin is not None else ()
+        return _none((reason, *remark), numbers)
+    if origin is not None:
+        return Verdict(
+            verdict="localized",
+            layers=(origin.layer.name,),
+            confidence=None,
+            reasons=(_drift_reason(origin), *_trial_reasons(ranked, origin, steps)),
+            numbers=numbers,
+        )
     leads = _leads(ranked, seed)
     tied = [best, *(trial for trial, lead in leads if lead.low <= 0 or lead.value < TIE_MARGIN)]
     tied_names = tuple(trial.layer.name for trial in ranked if trial in tied)
@@ -136,6 +187,34 @@ def judge(
 
 def _none(reasons: tuple[str, ...], numbers: dict[str, Any]) -> Verdict:
     return Verdict(verdict="none", layers=(), confidence=None, reasons=reasons, numbers=numbers)
+
+
+def _drift_reason(origin: LayerEvidence) -> str:
+    times = math.exp(origin.drift_onset)
+    return (
+        f"The outputs of `{origin.layer.name}` have left what its batch norm remembers from "
+        f"training ({origin.drift:.2f} nats a channel), {times:.1f} times as far as those of "
+        "anything that feeds it: it was damaged, or retrained alone."
+    )
+
+
+def _trial_reasons(
+    ranked: Sequence[TrialRepair], origin: LayerEvidence, steps: int
+) -> tuple[str, ...]:
+    """Say what a short repair of the layer does, and of the layer where it does most."""
+    best = ranked[0]
+    own = [trial for trial in ranked if trial.layer.name == origin.layer.name]
+    reasons = [
+        f"Retraining `{trial.layer.name}` alone for {steps} steps removes {_percent(trial.gain)} "
+        "of the held-out error."
+        for trial in own
+    ]
+    if best not in own:
+        reasons.append(
+            f"A short repair does most in `{best.layer.name}`, {_percent(best.gain)}: a later "
+            "layer can often undo what an earlier one does wrong."
+        )
+    return tuple(reasons)
 
 
 def _first_reason(ranked: Sequence[TrialRepair], steps: int) -> str:

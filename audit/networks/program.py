@@ -27,7 +27,7 @@ from torch.export.passes import move_to_device_pass
 from audit.errors import NetworkError
 from audit.networks.layers import Layer, LayerKind, find_layer, with_aliases
 
-__all__ = ["Program", "Split"]
+__all__ = ["BatchNorm", "Program", "Split"]
 
 aten = torch.ops.aten
 
@@ -40,7 +40,17 @@ _LAYER_KINDS: dict[Any, LayerKind] = {
     aten.linear.default: "linear",
 }
 _POOLS = {aten.max_pool2d.default, aten.avg_pool2d.default}
+_BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 _IMAGES = object()  # marks the placeholder of the images among the state names
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNorm:
+    """What a batch norm remembers of the outputs of the layer before it, per channel (C,)."""
+
+    mean: Tensor
+    variance: Tensor
+    eps: float
 
 
 class Program:
@@ -160,6 +170,30 @@ class Program:
         )
         *activations, logits = compiled((images,), self.state, state)
         return dict(zip(names, activations, strict=True)), logits
+
+    def batch_norm_after(self, layer: str) -> BatchNorm | None:
+        """Return the batch norm that takes the layer's output and nothing else does, if any."""
+        users = list(self._calls[self.layer(layer).name][-1].users)
+        if len(users) != 1 or users[0].target is not _BATCH_NORM:
+            return None
+        mean, variance = (self._sources.get(cast(fx.Node, arg)) for arg in users[0].args[3:5])
+        if not isinstance(mean, str) or not isinstance(variance, str):
+            return None
+        return BatchNorm(
+            mean=self.state[mean],
+            variance=self.state[variance],
+            eps=float(cast(float, users[0].args[6])),
+        )
+
+    def feeding(self, layer: str) -> frozenset[str]:
+        """Return the other layers whose output reaches the layer's last call."""
+        name = self.layer(layer).name
+        before = _ancestors([self._calls[name][-1]], stops=())
+        return frozenset(
+            other
+            for other, calls in self._calls.items()
+            if other != name and any(call in before for call in calls)
+        )
 
     def split(self, layer: str) -> Split:
         """Return the network cut at a layer; raises LayerNotFoundError."""
@@ -735,7 +769,7 @@ def _reshape(activations: Tensor, size: Sequence[int]) -> Tensor:
 
 
 _REWRITES: dict[Any, Callable[..., Any]] = {
-    aten._native_batch_norm_legit_no_training.default: _frozen_batch_norm,
+    _BATCH_NORM: _frozen_batch_norm,
     aten.view.default: _reshape,
 }
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from audit.evidence import LayerEvidence
 from audit.networks.layers import Layer
 from audit.statistics import Interval
 from audit.trials import TrialRepair, error_share_removed
-from audit.verdict import FLAG_THRESHOLD, TIE_MARGIN, Verdict, judge, ranking
+from audit.verdict import FLAG_THRESHOLD, ONSET_THRESHOLD, TIE_MARGIN, Verdict, judge, ranking
 
 N = 100
 BEFORE = np.random.default_rng(5).gamma(2.0, 1.0, N)
@@ -194,3 +195,54 @@ def test_the_record_is_plain_data() -> None:
     assert set(record) == {"verdict", "layers", "confidence", "reasons", "numbers"}
     assert record["layers"] == ["a", "b"]
     assert all(re.fullmatch(r"[A-Z0-9].*\.", reason) for reason in record["reasons"])
+
+
+def evidence(name: str, onset: float, *, first_in_line: bool = False) -> LayerEvidence:
+    nan = float("nan")
+    return LayerEvidence(
+        layer=removing(name, 0).layer,
+        gradient_norm=nan,
+        relative_gradient_norm=nan,
+        gradient_snr=nan,
+        map_mean_right=nan,
+        map_mean_wrong=nan,
+        map_auroc=Interval(value=nan, low=nan, high=nan),
+        penalty=nan,
+        drift=0.5,
+        drift_onset=onset,
+        first_in_line=first_in_line,
+    )
+
+
+TRIALS = [removing("a", 0.05), removing("b", 0.43), removing("c", 0.40)]
+
+
+def judged(scores: Sequence[LayerEvidence], trials: Sequence[TrialRepair] = TRIALS) -> Verdict:
+    return judge(trials, scores, steps=4, wrong=40, images=N, seed=0)
+
+
+def test_where_drift_sets_in_is_named_before_whatever_layer_repairs_best() -> None:
+    found = judged([evidence("a", 2.0), evidence("b", 0.1), evidence("c", float("nan"))])
+    assert (found.verdict, found.layers, found.confidence) == ("localized", ("a",), None)
+    text = " ".join(found.reasons)
+    assert "`a` have left what its batch norm remembers from training (0.50 nats" in text
+    assert "7.4 times as far" in text  # exp(2)
+    assert "Retraining `a` alone for 4 steps removes 5 % [5, 5]" in text
+    assert "does most in `b`, 43 % [43, 43]" in text
+    assert found.numbers["drift_origin"]["layer"] == "a"
+
+
+def test_drift_that_sets_in_at_the_first_layer_may_be_that_of_the_images() -> None:
+    plain = judged([])
+    assert judged([evidence("a", 3.0, first_in_line=True), evidence("b", 0.2)]) == plain
+    assert plain.verdict == "spread"
+
+
+def test_drift_below_the_threshold_changes_nothing() -> None:
+    assert judged([evidence("a", ONSET_THRESHOLD - 0.01)]) == judged([])
+
+
+def test_drift_alone_flags_no_layer_but_is_said() -> None:
+    found = judged([evidence("a", 2.0)], [removing("a", 0.02), removing("b", 0.01)])
+    assert (found.verdict, found.layers) == ("none", ())
+    assert "`a` have left" in found.reasons[-1]

@@ -1,0 +1,92 @@
+"""Drift: where activations leave the statistics that the network was trained with.
+
+A batch norm remembers the mean and the variance of what its layer gave it in training. A layer that
+was damaged, or retrained alone while its batch norm stood still, gives it something else, and so
+does every layer behind it. The layer at fault is therefore where drift sets in: it drifts, and
+nothing that feeds it does. Images that differ from those of training drift as well, from the first
+layer on; they do not set in at one layer deep inside.
+
+Source of the drift: the Kullback-Leibler divergence between two normal distributions, per channel;
+of batch-norm statistics as a sign of shift, Li et al. 2016, "Revisiting Batch Normalization". The
+onset is this project's own (ARCHITECTURE.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from audit.networks.program import BatchNorm
+
+__all__ = ["ChannelSums", "drift", "onsets"]
+
+ONSET_FLOOR = 0.03
+"""Drift, in nats, that a few hundred images of the training distribution show by chance."""
+
+_MOST = 50.0  # nats: one channel of no variance must not outweigh all others
+
+
+@dataclass
+class ChannelSums:
+    """Running mean and variance of a layer's output over images and places, per channel (C,).
+
+    Batches are merged by Chan et al. 1983, in float64: sums of squares would cancel.
+    """
+
+    mean: Tensor
+    squares: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, channels: int, device: torch.device) -> ChannelSums:
+        zeros = torch.zeros(channels, dtype=torch.float64, device=device)
+        return cls(zeros, zeros.clone())
+
+    def add(self, activations: Tensor) -> None:
+        """Add a batch of outputs, (B, C, ...)."""
+        others = [axis for axis in range(activations.dim()) if axis != 1]
+        variance, mean = torch.var_mean(activations, dim=others, correction=0)
+        count = activations.numel() // activations.shape[1]
+        total = self.count + count
+        change = mean.double() - self.mean
+        self.mean += change * (count / total)
+        self.squares += variance.double() * count + change**2 * (self.count * count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        return self.squares / max(self.count, 1)
+
+
+def drift(seen: ChannelSums, remembered: BatchNorm) -> float:
+    """Return the mean over channels of KL(seen || remembered), in nats, >= 0.
+
+    KL = (v / s + (m - mu)^2 / s - 1 - log(v / s)) / 2, v and s with the batch norm's own eps.
+    """
+    variance = seen.variance + remembered.eps
+    expected = remembered.variance.double() + remembered.eps
+    shift = (seen.mean - remembered.mean.double()) ** 2 / expected
+    ratio = variance / expected
+    divergence = 0.5 * (ratio + shift - 1 - ratio.log())
+    return float(divergence.clamp(max=_MOST).mean())
+
+
+def onsets(drifts: Mapping[str, float], feeding: Mapping[str, Iterable[str]]) -> dict[str, float]:
+    """Return per layer how many times more it drifts than anything that feeds it, as a logarithm.
+
+    onset = log((d + floor) / (max over the layers that feed it of d + floor)), floor `ONSET_FLOOR`.
+    Zero says that the drift came from before; 1 that it grew almost threefold in this layer.
+
+    Args:
+        drifts: By layer, NaN where no batch norm follows.
+        feeding: By layer, the layers whose output reaches it.
+    """
+    found = {}
+    for name, value in drifts.items():
+        before = [drifts[other] for other in feeding[name] if not math.isnan(drifts[other])]
+        found[name] = math.log((value + ONSET_FLOOR) / (max(before, default=0.0) + ONSET_FLOOR))
+    return found
