@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from audit.errors import RunError
-from audit.files import read_json
 from audit.runs import RepairFolder, Run
 from audit.statistics import wilson
 
@@ -84,14 +83,15 @@ def _case(number: int) -> Callable[[Subject], Measured]:
         chosen = images if subject.split == "all" else images[images["split"] == subject.split]
         cases = chosen["case"].dropna()
         if cases.empty:
-            raise RunError(
-                f"no image of the split '{subject.split}' in {subject.run.name} has a case, since "
-                "the accuracy of its map was not measured; scan again with --masks DIR"
-            )
+            raise RunError(_without_cases(subject))
         share = wilson(int((cases == number).sum()), len(cases))
         without = len(chosen) - len(cases)
-        note = f"{without} further images have no case" if without else ""
-        return Measured(value=share.value, low=share.low, high=share.high, n=len(cases), note=note)
+        source = (subject.run.info.get("cases") or {}).get("source")
+        notes = [f"maps judged by {source}"] if source else []
+        notes += [f"{without:,} further images have no case"] if without else []
+        return Measured(
+            value=share.value, low=share.low, high=share.high, n=len(cases), note="; ".join(notes)
+        )
 
     return measure
 
@@ -163,13 +163,17 @@ def _measured(
     return Measured(value=interval["value"], low=low, high=high, n=n, note=note)
 
 
+def _without_cases(subject: Subject) -> str:
+    said = (subject.run.info.get("cases") or {}).get("note")
+    why = said or "The accuracy of the maps was not measured; scan again with --masks DIR."
+    where = "" if subject.split == "all" else f" in the split '{subject.split}'"
+    return f"no image of {subject.run.name}{where} has a case: {why}"
+
+
 def _error_groups(run: Run) -> list[Mapping[str, Any]]:
-    path = run.path / "groups.json"
-    if not path.is_file():
+    if not (run.path / "groups.json").is_file():  # which a run from before reads as no groups
         raise RunError(f"{run.name} has no groups.json, so no error groups were sought; scan again")
-    groups = read_json(path).get("groups")
-    if not isinstance(groups, list):
-        raise RunError(f"groups.json of {run.name} holds no list of groups; scan again")
+    groups: list[Mapping[str, Any]] = run.groups["groups"]
     return groups
 
 

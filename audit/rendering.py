@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-__all__ = ["Forest", "ForestRow", "Mark", "forest", "page", "part", "stylesheet"]
+__all__ = ["Forest", "ForestRow", "Mark", "forest", "page", "part", "round_shares", "stylesheet"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 TONES = {"right": "good", "fixed": "good", "wrong": "bad", "broken": "bad", "unknown": "open"}
@@ -98,11 +98,11 @@ def forest(rows: Iterable[Mapping[str, Any]]) -> Forest:
         )
         for row in rows
     )
-    ticks = tuple((place(tick), percent(tick, 0)) for tick in _ticks(low, high))
+    ticks = tuple((place(tick), percent(tick, 0)) for tick in round_shares(low, high))
     return Forest(rows=drawn, ticks=ticks, zero=place(0.0) if low < 0 else None)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_shares(low: float, high: float) -> list[float]:
     """Return about five round shares between two ends."""
     steps = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
     step = next((step for step in steps if (high - low) / step <= 6), high - low)

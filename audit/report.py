@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from audit import __version__
 from audit.cases_section import NUMBERS as CASE_NUMBERS
@@ -19,6 +19,7 @@ from audit.errors import RunError
 from audit.files import write_text
 from audit.gallery import Card, card
 from audit.group_cards import GroupCard, group_cards, groups_note
+from audit.layers_section import layers_section
 from audit.rendering import Forest, forest, page
 from audit.runs import RepairFolder, Run
 from audit.wording import (
@@ -36,20 +37,14 @@ from audit.wording import (
     proof_rows,
     repair_figures,
     scan_figures,
-    span,
     verdict_headline,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = [
     "appendix",
     "class_rows",
     "classes_note",
     "export_summary",
-    "layer_rows",
-    "profile_rows",
     "repair_facts",
     "repair_tone",
     "write_report",
@@ -66,16 +61,6 @@ COMPARISON_NUMBERS = (
     "Difference",
     "McNemar",
 )
-LAYER_NUMBERS = (
-    "Trial gain",
-    "95 % interval",
-    "Turned wrong",
-    "Gradient SNR",
-    "Relative gradient",
-    "Map AUROC",
-    "Penalty",
-)
-
 T = TypeVar("T")
 
 
@@ -91,43 +76,6 @@ def write_report(run: Run, output: Path | None = None) -> Path:
 
 
 # --- rows that the dashboard shows too ------------------------------------------------------------
-
-
-def profile_rows(
-    layers: pd.DataFrame, aliases: Mapping[str, str], flagged: Iterable[str] = ()
-) -> Forest:
-    """Return the trial gain of each layer with its interval, in depth order."""
-    chosen = set(flagged)
-    return forest(
-        {
-            "label": aliases.get(row["name"], row["name"]),
-            "detail": row["name"] if row["name"] in aliases else "",
-            "value": percent(row["trial_gain"]),
-            "marks": [
-                (_interval(row, "trial_gain"), "bad" if row["name"] in chosen else "good", 0)
-            ],
-            "flagged": row["name"] in chosen,
-        }
-        for row in layers.sort_values("index").to_dict("records")
-    )
-
-
-def layer_rows(layers: pd.DataFrame, aliases: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return every layer with its evidence as text, most likely at fault first."""
-    return [
-        {
-            "Layer": f"{count(row['rank'])}. {aliases.get(row['name'], row['name'])}",
-            "What it is": f"{row['name']}, {row['kind']} {row['shape']}",
-            "Trial gain": percent(row["trial_gain"]),
-            "95 % interval": span(_interval(row, "trial_gain")),
-            "Turned wrong": percent(row["trial_broken"]),
-            "Gradient SNR": number(row["gradient_snr"]),
-            "Relative gradient": number(row["relative_gradient_norm"]),
-            "Map AUROC": number(row["map_auroc"], 2),
-            "Penalty": number(row["penalty"]),
-        }
-        for row in layers.sort_values("rank").to_dict("records")
-    ]
 
 
 def class_rows(before: Mapping[str, Any], after: Mapping[str, Any] | None = None) -> Forest:
@@ -177,7 +125,6 @@ def _context(run: Run) -> dict[str, Any]:
 
     verdict: dict[str, Any] = attempt(lambda: run.verdict, {})
     table = attempt(lambda: run.layers, None)
-    flagged = [str(name) for name in verdict.get("layers") or []]
     aliases = run.aliases if table is not None else {}
     repairs = run.repairs
     chosen = next((one for one in repairs if one.decision), repairs[0] if repairs else None)
@@ -194,10 +141,7 @@ def _context(run: Run) -> dict[str, Any]:
         "reasons": _strings(verdict.get("reasons")),
         "decision": _decision(chosen) if chosen else None,
         "scan": scan_figures(run.info) if run.info.get("metrics") else [],
-        "profile": profile_rows(table, aliases, flagged) if table is not None else None,
-        "layers": layer_rows(table, aliases) if table is not None else [],
-        "layer_numbers": LAYER_NUMBERS,
-        "flagged_rows": _flagged_places(table, flagged) if table is not None else [],
+        "layers": layers_section(table, aliases, verdict) if table is not None else None,
         "groups": attempt(lambda: group_cards(run), no_groups),
         "groups_note": attempt(lambda: groups_note(run.groups), ""),
         "repair": _repair(chosen) if chosen else None,
@@ -358,15 +302,6 @@ def _skipped(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     if len(files) > SKIPPED_LIMIT:
         rows.append(("\N{HORIZONTAL ELLIPSIS}", f"and {count(len(files) - SKIPPED_LIMIT)} more"))
     return rows
-
-
-def _flagged_places(layers: pd.DataFrame, flagged: list[str]) -> list[int]:
-    ranked = layers.sort_values("rank")["name"].tolist()
-    return [place for place, name in enumerate(ranked) if name in flagged]
-
-
-def _interval(row: Mapping[str, Any], name: str) -> dict[str, float]:
-    return {"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}
 
 
 def _settings(values: Mapping[str, Any]) -> str:
