@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 import audit.looking
@@ -31,6 +33,7 @@ from audit.networks import Network, open_network
 from audit.networks.program import Program
 from audit.report import write_report
 from audit.runs import Run, open_run, start_run
+from audit.summary import scan_summary
 from tests.run_builder import build_run
 from tests.shapes import Shapes
 
@@ -247,3 +250,18 @@ def test_names_from_files_stay_text_in_the_report(run: Run, tmp_path: Path) -> N
     (run.path / "groups.json").write_text(json.dumps(document))
     page = write_report(open_run(run.path), tmp_path / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_the_summary_prints_one_line_a_group(run: Run, tmp_path: Path) -> None:
+    def printed(one: Run) -> str:
+        one.write_info(timings_s={"total": 1.0})
+        console = Console(width=400, file=io.StringIO(), record=True)
+        console.print(scan_summary(one))
+        return console.export_text()
+
+    text = printed(run)
+    assert all(f"- {group['sentence']}" in text for group in run.groups["groups"])
+    older = build_run(tmp_path / "older", images=120)
+    assert "Error groups" not in printed(older)  # not sought is not the same as not found
+    older.write_groups({**run.groups, "groups": []}, {}, [])
+    assert f"none among {run.groups['errors']} errors beats chance" in printed(older)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from audit.groups import GroupSearch, added_hypergeometric, find_groups, holm
+from audit.chance import added_hypergeometric, holm
+from audit.groups import GroupSearch, find_groups
 
 SIDE = 7
 
