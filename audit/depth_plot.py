@@ -16,14 +16,16 @@ from audit.wording import percent
 
 __all__ = ["DepthPlot", "DepthRow", "Mark", "Panel", "Score", "Scores", "Tone", "depth_plot"]
 
-Tone = str  # a class of the stylesheet: flagged, tied, other, short, untried
+Tone = str  # a class of the stylesheet: flagged, other, short, untried
 
 TOP, HEIGHT = 14, 210  # of the large panel
 PANEL_HEADING, PANEL_HEIGHT, PANEL_GAP = 18, 40, 12
 LONGEST_LABEL = 26  # characters
 CHARACTER = 6.3  # pixels, of the labels' font
 LABEL_PITCH = 13  # pixels that one label set upright takes
-MANY = 60  # layers, from which on they stand closer and not each has a label
+# How far apart layers stand at least, in pixels, up to so many of them: 200 still fit a desktop's
+# window, each label fits up to 60.
+PITCHES = ((60, 15), (100, 8), (math.inf, 4))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +94,11 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class DepthPlot:
-    """The whole plot. `step` is the width of one layer in percent."""
+    """The whole plot. `step` is the width of one layer in percent, `cut` whether a mark is cut,
+    `radius` that of a mark in pixels."""
 
     marks: tuple[Mark, ...]
+    cut: bool
     panels: tuple[Panel, ...]
     ticks: tuple[tuple[float, str], ...]
     zero: float
@@ -106,6 +110,7 @@ class DepthPlot:
     step: float
     least_width: int
     largest_width: int
+    radius: float
 
 
 def depth_plot(
@@ -126,7 +131,7 @@ def depth_plot(
 
     step = 100 / len(rows)
     across = [round(step * (number + 0.5), 3) for number in range(len(rows))]
-    pixels = 8 if len(rows) > MANY else 15
+    pixels = next(pitch for most, pitch in PITCHES if len(rows) <= most)
     labels = _labels(rows, pixels)
     panels, bottom = _panels(scores, rows, across)
     upright = max((CHARACTER * len(label) for label in labels), default=0.0)
@@ -135,6 +140,7 @@ def depth_plot(
             _mark(row, x, label, place, lowest)
             for row, x, label in zip(rows, across, labels, strict=True)
         ),
+        cut=any(row.value < lowest for row in rows),
         panels=panels,
         ticks=tuple((place(tick), percent(tick, 0)) for tick in round_shares(lowest, highest)),
         zero=place(0.0),
@@ -146,6 +152,7 @@ def depth_plot(
         step=round(step, 3),
         least_width=pixels * len(rows),
         largest_width=90 * len(rows),
+        radius=min(4.5, pixels / 2.4),
     )
 
 
@@ -176,7 +183,7 @@ def _mark(
 
 def _labels(rows: Sequence[DepthRow], pixels: int) -> list[str]:
     """Return the labels that have room at the least width, flagged layers first; else empty."""
-    order = sorted(range(len(rows)), key=lambda place: rows[place].tone not in ("flagged", "tied"))
+    order = sorted(range(len(rows)), key=lambda place: rows[place].tone != "flagged")
     shown: list[int] = []
     for place in order:
         if all(abs(place - other) * pixels >= LABEL_PITCH for other in shown):
@@ -221,7 +228,9 @@ def _panel(
     for x, value, least, most, row in zip(across, score.values, lows, highs, rows, strict=True):
         y = at(value)
         if y is not None:
-            drawn.append(Score(x=x, y=y, low=at(least), high=at(most), tone=row.tone))
+            # How long its trial was says nothing about the other scores.
+            tone = "flagged" if row.tone == "flagged" else "other"
+            drawn.append(Score(x=x, y=y, low=at(least), high=at(most), tone=tone))
     return Panel(
         heading=score.heading,
         largest=score.largest,

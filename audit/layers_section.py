@@ -259,15 +259,15 @@ def _scores(one: Evidence, rows: Sequence[Row]) -> Scores:
     def column(name: str) -> list[float]:
         return [_real(row, name) for row in rows]
 
-    values = column(one.column)
-    largest = max(values, key=_or_least)
+    values, highs = column(one.column), column(f"{one.column}_high")
+    line = f", line at {one.reference:g}" if one.reference else ""
     return Scores(
-        heading=one.heading,
+        heading=f"{one.heading}{line}",
         values=values,
         lows=column(f"{one.column}_low"),
-        highs=column(f"{one.column}_high"),
+        highs=highs,
         reference=one.reference,
-        largest=_text(one, largest),
+        largest=_text(one, max([*values, *highs], key=_or_least)),
     )
 
 
@@ -277,10 +277,11 @@ def _scores(one: Evidence, rows: Sequence[Row]) -> Scores:
 def _row(
     row: Row, columns: Sequence[Evidence], aliases: Mapping[str, str], flagged: bool
 ) -> LayerRow:
+    name = row["name"]
+    what = f"{row['kind']} {row['shape']}, {count(row['parameters'], 'parameters')}"
     return LayerRow(
-        title=f"{_place(row)}{aliases.get(row['name'], row['name'])}",
-        detail=f"{row['name']}, {row['kind']} {row['shape']}, "
-        f"{count(row['parameters'], 'parameters')}",
+        title=f"{_place(row)}{aliases.get(name, name)}",
+        detail=f"{name}, {what}" if name in aliases else what,
         flagged=flagged,
         cells=tuple(_cell(one, row) for one in columns),
     )
@@ -288,9 +289,12 @@ def _row(
 
 def _cell(one: Evidence, row: Row) -> Cell:
     interval = _interval(row, one.column)
-    ends = [_text(one, interval[end]) for end in ("low", "high")]
-    between = "" if NOT_THERE in ends else " to ".join(ends)
-    return Cell(value=_text(one, interval["value"]), interval=between)
+    between = span(interval)
+    if one.format != "share" and between != NOT_THERE:
+        between = f"{_text(one, interval['low'])} to {_text(one, interval['high'])}"
+    return Cell(
+        value=_text(one, interval["value"]), interval="" if between == NOT_THERE else between
+    )
 
 
 def _text(one: Evidence, value: float) -> str:

@@ -8,6 +8,7 @@ damaged are named at the top and left out.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +53,7 @@ __all__ = [
 
 GALLERY_LIMIT = 12
 CLASS_LIMIT = 40
+CLASSES_SHOWN = 20
 SKIPPED_LIMIT = 200
 COMPARISON_NUMBERS = (
     "Accuracy",
@@ -274,26 +276,65 @@ def appendix(run: Run, repair: RepairFolder | None) -> Iterable[tuple[str, list[
     model, data = info.get("model") or {}, info.get("data") or {}
     if model:
         facts = [(name, _plain(model.get(name))) for name in ("source", "arch", "sha256")]
-        facts.append(("parameters", count(model.get("parameters"))))
-        facts.append(("preprocessing", _plain(model.get("preprocessing"))))
+        facts += [(name, count(model.get(name))) for name in ("parameters", "layers")]
+        facts.append(("classes", _names(model.get("classes"))))
+        facts.append(("preprocessing", _settings(model.get("preprocessing") or {})))
         sections.append(("Network", facts))
     if data:
-        names = ("root", "images", "splits", "split_source", "duplicates", "fingerprint")
-        sections.append(("Images", [(name, _plain(data.get(name))) for name in names]))
-    scan = [("command", " ".join(_strings(info.get("command"))))]
-    scan += [
-        ("configuration", _settings(info.get("config") or {})),
-        ("seed", _plain(info.get("seed"))),
-    ]
-    scan += [("device", _settings(info.get("device") or {}))]
-    scan += [("time", _timings(info.get("timings_s") or {}))]
-    scan += [("versions", _settings(info.get("versions") or {}))]
-    sections.append(("Scan", scan))
+        names = ("root", "images", "skipped", "splits", "split_source", "duplicates", "fingerprint")
+        facts = [(name, _shown(data.get(name))) for name in names]
+        facts += [("note on the splits", note) for note in _strings(data.get("split_notes"))]
+        sections.append(("Images", facts))
+    sections.append(
+        ("Scan", [("schema version", _plain(info.get("schema_version"))), *_made(info)])
+    )
+    sections.append(("Settings of the scan", _flat(info.get("config") or {})))
     if repair:
-        command = " ".join(_strings(repair.info.get("command")))
-        versions = _settings(repair.info.get("versions") or {})
-        sections.append(("Repair", [("command", command), ("versions", versions)]))
-    return sections
+        hashes = repair.info.get("model") or {}
+        facts = [(name, _plain(hashes[name])) for name in hashes if name.startswith("sha256")]
+        sections.append(("Repair", [*_made(repair.info), *facts]))
+        sections.append(("Settings of the repair", _flat(repair.info.get("config") or {})))
+    return [(name, facts) for name, facts in sections if facts]
+
+
+def _made(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return when, where and how long a scan or a repair ran, and by which command."""
+    memory = info.get("peak_memory_mib")
+    facts = [
+        ("command", shlex.join(_strings(info.get("command"))) or "n/a"),
+        ("started", moment(info.get("created_utc"))),
+        ("finished", moment(info.get("finished_utc"))),
+        ("device", _settings(info.get("device") or {})),
+        ("time", _timings(info.get("timings_s") or {})),
+        ("peak memory", "n/a" if memory is None else f"{number(memory, 0)} MiB"),
+        ("versions", _settings(info.get("versions") or {})),
+    ]
+    seed = info.get("seed", (info.get("config") or {}).get("seed"))
+    return [facts[0], ("seed", _plain(seed)), *facts[1:]]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return settings one by one, those of a group as `group.name`."""
+    rows: list[tuple[str, str]] = []
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", _plain(value)))
+    return rows
+
+
+def _names(classes: Any) -> str:
+    names = _strings(classes)
+    shown = ", ".join(names[:CLASSES_SHOWN])
+    more = ", \N{HORIZONTAL ELLIPSIS}" if len(names) > CLASSES_SHOWN else ""
+    return f"{count(len(names))}: {shown}{more}" if names else "n/a"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return _settings(value)
+    return count(value) if isinstance(value, int) else _plain(value)
 
 
 def _skipped(info: Mapping[str, Any]) -> list[tuple[str, str]]:
