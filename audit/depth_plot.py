@@ -24,8 +24,8 @@ LONGEST_LABEL = 26  # characters
 CHARACTER = 6.3  # pixels, of the labels' font
 LABEL_PITCH = 13  # pixels that one label set upright takes
 # How far apart layers stand at least, in pixels, up to so many of them: 200 still fit a desktop's
-# window, each label fits up to 60.
-PITCHES = ((60, 15), (100, 8), (math.inf, 4))
+# window, and up to 55 each has its label.
+PITCHES = ((55, 15), (100, 8), (math.inf, 4))
 
 
 @dataclass(frozen=True, kw_only=True)

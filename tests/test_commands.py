@@ -107,6 +107,15 @@ WRONG = {
     "report: missing run": ("audit report nowhere", 1, ["nowhere"]),
     "report: not a run": ("audit report {photos}", 1, ["no run under", "audit scan"]),
     "report: unknown option": ("audit report --nonsense", 2, ["--nonsense"]),
+    "gate: no run": ("audit gate --min-accuracy .9", 1, ["no complete run", "audit scan"]),
+    "gate: no criterion": ("audit gate {run}", 2, ["--min-accuracy", "--max-case3"]),
+    "gate: no share": ("audit gate {run} --min-accuracy 90", 2, ["--min-accuracy"]),
+    "gate: no accepted repair": (
+        "audit gate {run} --min-accuracy .9 --repair",
+        1,
+        ["no accepted repair", "repair layer --run"],
+    ),
+    "gate: unknown option": ("audit gate --nonsense", 2, ["--nonsense"]),
     "audit: unknown command": ("audit nonsense", 2, ["nonsense"]),
     # ---- repair
     "repair: no run": ("repair layer", 1, ["no complete run under ./runs", "audit scan"]),
@@ -348,8 +357,10 @@ def test_layers_lists_every_layer_with_its_aliases(command: Command, shapes: Sha
         "predictions",
     ]
     assert rows["block3_conv1"]["aliases"] == ["last_conv"]
+    assert rows["block3_conv1"]["alias"] == "last_conv"
     assert rows["block2_conv2"] == {
         "name": "block2_conv2",
+        "alias": "",
         "aliases": [],
         "kind": "conv2d",
         "shape": [12, 12, 3, 3],
@@ -357,7 +368,9 @@ def test_layers_lists_every_layer_with_its_aliases(command: Command, shapes: Sha
     }
     code, out, _ = command("audit", "layers", shapes.damaged)
     assert code == 0
-    assert re.search(r"block3_conv1 +│ last_conv +│ conv2d +│ 16x12x3x3 +│ 1,744", out)
+    assert re.search(r"block3_conv1 +│ last_conv +│ conv2d +│ 16x12x3x3 +│ +1,744 ", out)
+    total = sum(row["parameters"] for row in rows.values())
+    assert re.search(rf"5 layers +│.+│ +{total:,} ", out)
 
 
 def test_report_writes_one_page_about_the_newest_run(
@@ -368,6 +381,19 @@ def test_report_writes_one_page_about_the_newest_run(
     assert out.strip() == "page.html"
     page = Path("page.html").read_text()
     assert DAMAGED in page and "<html" in page
+
+
+def test_a_gate_trips_on_a_scan_that_flags_a_layer(
+    run_command: Callable[..., Any], run: Run
+) -> None:
+    passing = ("--max-cross-entropy", "100", "--max-groups", "100", "--json")
+    finished = run_command("audit", "gate", str(run.path), *passing)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["passed"] is True
+    finished = run_command("audit", "gate", str(run.path), "--no-flag")
+    assert finished.returncode == 3
+    assert "Tripped: 0 of 1 criteria met." in finished.stdout
+    assert finished.stderr == ("error: the gate tripped: flagged layers 1 is above 0 (--no-flag)\n")
 
 
 def test_a_layer_is_repaired_by_its_alias(command: Command, shapes: Shapes, run: Run) -> None:
@@ -389,6 +415,7 @@ def test_a_layer_is_repaired_by_its_alias(command: Command, shapes: Shapes, run:
         "audit scan",
         "audit layers",
         "audit report",
+        "audit gate",
         "audit demo",
         "repair",
         "repair layer",
