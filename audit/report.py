@@ -320,7 +320,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{name}.")
         else:
-            rows.append((f"{prefix}{name}", _plain(value)))
+            rows.append((f"{prefix}{name}", "not set" if value is None else _plain(value)))
     return rows
 
 

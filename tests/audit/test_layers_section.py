@@ -178,7 +178,7 @@ def test_how_a_run_was_made_is_told_in_full(run: Run) -> None:
     assert told["Scan: peak memory"] == "412 MiB"
     assert told["Scan: schema version"] == "1"
     assert told["Scan: started"].endswith("UTC") and told["Scan: finished"].endswith("UTC")
-    assert told["Settings of the scan: limit"] == "n/a"
+    assert told["Settings of the scan: limit"] == "not set"
     assert told["Settings of the scan: trial.steps"] == "4"
     assert told["Settings of the scan: trial.step_sizes"] == "[0.01]"
     assert told["Network: sha256"] == "3f" * 32
