@@ -310,7 +310,7 @@ def _write_groups(
     config: ScanConfig,
 ) -> None:
     """Look at wrong images beside right ones; keep the groups that chance does not explain."""
-    with console.progress("looking at errors", None) as bar:
+    with console.progress("looking at wrong images", None) as bar:
         found = error_groups(
             network,
             folder,
