@@ -211,8 +211,8 @@ def _trial_reasons(
     ]
     if best not in own:
         reasons.append(
-            f"A short repair does most in `{best.layer.name}`, {_percent(best.gain)}: a later "
-            "layer can often undo what an earlier one does wrong."
+            f"A short repair does most in `{best.layer.name}`, {_percent(best.gain)}: another "
+            "layer can often undo what the one at fault does."
         )
     return tuple(reasons)
 
