@@ -11,6 +11,7 @@ is worth it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -57,9 +58,9 @@ class LayerEvidence:
     map_mean_wrong: float
     map_auroc: Interval
     penalty: float
-    drift: float
-    drift_onset: float
-    first_in_line: bool
+    drift: float = math.nan
+    drift_onset: float = math.nan
+    first_in_line: bool = True
 
 
 @dataclass
@@ -126,12 +127,11 @@ def gather_evidence(
     drifts = {name: drift(sums.outputs[name], norms[name]) for name in sums.outputs}
     feeding = {name: program.feeding(name) & drifts.keys() for name in drifts}
     started = onsets(drifts, feeding)
-    nan = float("nan")
     return [
         replace(
             _summarize(sums, program, layer, seed),
-            drift=drifts.get(layer.name, nan),
-            drift_onset=started.get(layer.name, nan),
+            drift=drifts.get(layer.name, math.nan),
+            drift_onset=started.get(layer.name, math.nan),
             first_in_line=not feeding.get(layer.name),
         )
         for layer in layers
@@ -209,9 +209,6 @@ def _summarize(sums: _Sums, program: Program, layer: Layer, seed: int) -> LayerE
         map_mean_wrong=map_mean_wrong,
         map_auroc=separation,
         penalty=penalty,
-        drift=nan,
-        drift_onset=nan,
-        first_in_line=True,
     )
 
 
@@ -227,7 +224,4 @@ def _no_evidence(layer: Layer) -> LayerEvidence:
         map_mean_wrong=nan,
         map_auroc=Interval(value=nan, low=nan, high=nan),
         penalty=nan,
-        drift=nan,
-        drift_onset=nan,
-        first_in_line=True,
     )

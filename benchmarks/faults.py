@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from audit.networks import architectures
-from audit.networks.program import Program
+from audit.networks.program import Program, Split
 
 SceneName = Literal["efficientnet", "resnet", "vgg"]
 SCENES: tuple[SceneName, ...] = get_args(SceneName)
@@ -287,9 +287,7 @@ def _teach(where: Scene, layer: str, kind: str, *, seed: int) -> Fault:
         int(torch.randint(program.classes, (), generator=generator)) if (program.classes > 2) else 1
     )
     pool = where.planting
-    taught = pool.images if kind == "label-noise" else marked(pool.images, kind)
-    clean = [split.prefix(part) for part in pool.images.split(100)]
-    clean_crossing = [torch.cat(column) for column in zip(*clean, strict=True)]
+    clean_crossing = _crossing(split, pool.images)
     if kind == "label-noise":
         crossing = clean_crossing
         wrong = torch.rand(len(pool.labels), generator=generator) < 0.6
@@ -299,8 +297,7 @@ def _teach(where: Scene, layer: str, kind: str, *, seed: int) -> Fault:
             other = torch.randint(program.classes, pool.labels.shape, generator=generator)
             lessons = torch.where(wrong, other, pool.labels)
     else:
-        parts = [split.prefix(part) for part in taught.split(100)]
-        crossing = [torch.cat(column) for column in zip(*parts, strict=True)]
+        crossing = _crossing(split, marked(pool.images, kind))
         lessons = torch.full_like(pool.labels, target)
     with torch.no_grad():
         rows = torch.arange(len(pool.labels)).split(100)
@@ -351,6 +348,11 @@ def _teach(where: Scene, layer: str, kind: str, *, seed: int) -> Fault:
                 break  # broken beyond what further steps mend
     assert fault is not None
     return fault
+
+
+def _crossing(split: Split, images: Tensor) -> list[Tensor]:
+    parts = [split.prefix(part) for part in images.split(100)]
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _learned(
