@@ -27,7 +27,7 @@ from torch.export.passes import move_to_device_pass
 from audit.errors import NetworkError
 from audit.networks.layers import Layer, LayerKind, find_layer, with_aliases
 
-__all__ = ["BatchNorm", "Program", "Split"]
+__all__ = ["BatchNorm", "Call", "Program", "Split"]
 
 aten = torch.ops.aten
 
@@ -51,6 +51,26 @@ class BatchNorm:
     mean: Tensor
     variance: Tensor
     eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One use of a layer in a forward pass: outputs = operation(inputs, weight, bias, *settings).
+
+    Attributes:
+        inputs: What the layer takes, batch first.
+        outputs: What it gives; gradients can be asked for there.
+        weight: The weight as the operation takes it, after weight norm where there is one.
+        settings: What follows weight and bias: stride, padding, dilation and groups of most.
+    """
+
+    layer: str
+    operation: Callable[..., Tensor]
+    inputs: Tensor
+    outputs: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    settings: tuple[Any, ...]
 
 
 class Program:
@@ -170,6 +190,38 @@ class Program:
         )
         *activations, logits = compiled((images,), self.state, state)
         return dict(zip(names, activations, strict=True)), logits
+
+    def calls(self, images: Tensor, layers: Sequence[str]) -> tuple[list[Call], Tensor]:
+        """Return every use of the layers, in the order of computation, and the logits (B, K)."""
+        names = tuple(self.layer(name).name for name in layers)
+        found = [(name, node) for name in names for node in self._calls[name]]
+        wanted: list[fx.Node] = []
+        for _, node in found:
+            wanted += [cast(fx.Node, arg) for arg in node.args[:2]]
+            wanted += [node, *(arg for arg in node.args[2:3] if isinstance(arg, fx.Node))]
+        compiled = self._compile(
+            ("calls", names),
+            [*wanted, self._logits],
+            [self._images],
+            tracked={node for _, node in found},
+        )
+        *values, logits = compiled((images,), self.state, None)
+        value = dict(zip(wanted, values, strict=True))
+        calls = [
+            Call(
+                layer=name,
+                operation=cast(Callable[..., Tensor], node.target),
+                inputs=value[cast(fx.Node, node.args[0])].detach(),
+                outputs=value[node],
+                weight=value[cast(fx.Node, node.args[1])].detach(),
+                bias=next(
+                    (value[b].detach() for b in node.args[2:3] if isinstance(b, fx.Node)), None
+                ),
+                settings=tuple(node.args[3:]),
+            )
+            for name, node in found
+        ]
+        return calls, logits
 
     def batch_norm_after(self, layer: str) -> BatchNorm | None:
         """Return the batch norm that takes the layer's output and nothing else does, if any."""
