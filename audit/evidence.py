@@ -1,8 +1,9 @@
 """Evidence: what one pass over the images says about every layer.
 
-One forward and two backward passes a batch give, for all layers at once, the gradient of the cross
-entropy by the weights (its norm, its norm relative to the weights, its signal-to-noise ratio over
-batches), the map of the true class (how much of it is lit on right and on wrong images, and the
+One forward and two backward passes a batch give, for all layers at once, each image's gradient of
+the cross entropy by the weights (the norm of their mean, alone and relative to the weights; their
+signal-to-noise ratio; whether wrong images agree with each other, and whether they oppose the right
+ones), the map of the true class (how much of it is lit on right and on wrong images, and the
 paper's own penalty R1 + R2), and the drift of its output from what the batch norm behind it
 remembers. Gradients and maps are known to be weak on their own. The onset of drift is not: where
 there is batch norm it names the layer, and the trial repairs of `audit.trials` say whether a repair
@@ -12,17 +13,18 @@ is worth it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from audit.drift import ChannelSums, drift, onsets
+from audit.image_gradients import Use, add_gradients, error_margins
 from audit.networks.layers import Layer
-from audit.networks.program import BatchNorm, Program
+from audit.networks.program import BatchNorm, Call, Program
 from audit.saliency import layer_map, normalize_maps, target_scores
 from audit.statistics import Interval, auroc
 
@@ -33,11 +35,18 @@ __all__ = ["LayerEvidence", "gather_evidence"]
 class LayerEvidence:
     """Scores of one layer. Higher points at the layer, but for ``map_mean_right``.
 
+    Gradients are those by weight and bias as the operation takes them: after weight norm, where a
+    layer has one.
+
     Attributes:
-        gradient_norm: ||g||, g the mean gradient of the cross entropy by the layer's weights.
+        gradient_norm: ||g||, g the mean over images of the gradient of their cross entropy.
         relative_gradient_norm: ||g|| / ||w||, Auto-RGN of Lee et al. 2022.
-        gradient_snr: Signal-to-noise ratio of the gradient over images, as in Auto-SNR of Lee et
-            al. 2022.
+        gradient_snr: ||g||^2 / (sum over weights of the variance over images), the
+            signal-to-noise ratio of Auto-SNR of Lee et al. 2022; NaN for less than two images.
+        gradient_agreement: Mean cosine between the gradients of two different wrong images; NaN
+            where there are less than two.
+        gradient_conflict: Minus the cosine between the mean gradient of wrong and that of right
+            images: 1 where one undoes what the other does; NaN where either kind is missing.
         map_mean_right: Mean S of images that the network gets right; NaN without maps.
         map_mean_wrong: The same of images that it gets wrong.
         map_auroc: How well a small S tells wrong images from right ones, 0.5 is chance.
@@ -54,6 +63,8 @@ class LayerEvidence:
     gradient_norm: float
     relative_gradient_norm: float
     gradient_snr: float
+    gradient_agreement: float = math.nan
+    gradient_conflict: float = math.nan
     map_mean_right: float
     map_mean_wrong: float
     map_auroc: Interval
@@ -65,26 +76,65 @@ class LayerEvidence:
 
 @dataclass
 class _Gradients:
-    """Running mean and variance of a layer's batch gradients (Chan et al. 1983), float64 sums."""
+    """Sums over images of a layer's gradients; they need no more memory for more images.
 
-    mean: Tensor
-    squares: Tensor
-    images: int = 0
-    batches: int = 0
+    Attributes:
+        weight_norm: ||w|| of weight and bias together.
+        sums: Of the cross entropy's gradients of wrong images, of those of right images, and of
+            wrong images' at length one: (3, P).
+        squares: Sum of the squared norms of all images.
+        directed: How many wrong images have a gradient at all.
+    """
 
-    def add(self, gradient: Tensor, images: int) -> None:
-        """Add the mean gradient of a batch of so many images."""
-        self.images += images
-        self.batches += 1
-        change = gradient - self.mean
-        self.mean += change * (images / self.images)
-        self.squares += images * change * (gradient - self.mean)
+    weight_norm: float
+    sums: Tensor
+    squares: float = 0.0
+    directed: int = 0
 
-    def noise(self) -> float:
-        """Variance of one image's gradient, summed over the layer's weights."""
-        if self.batches < 2:
-            return float("nan")
-        return float(self.squares.double().sum()) / (self.batches - 1)
+    @classmethod
+    def empty(cls, call: Call) -> _Gradients:
+        values = [value.flatten() for value in (call.weight, call.bias) if value is not None]
+        norms = [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in values]
+        zeros = torch.zeros(3, sum(map(len, values)), dtype=call.weight.dtype)
+        return cls(math.hypot(*norms), zeros.to(call.weight.device))
+
+    def add(self, uses: Sequence[Use], margins: Tensor, right: Tensor) -> None:
+        """Add a batch: the layer's uses with the margins' gradients, margins and right, (B,)."""
+        # The gradient of the cross entropy is the margin's times this; both have one direction.
+        factors = -torch.sigmoid(-margins)
+        wrong = (~right).to(factors)
+        norms = add_gradients(
+            self.sums, uses, torch.stack([factors * wrong, factors * right]), -wrong
+        )
+        self.squares += float((factors.double() * norms).square().sum())
+        self.directed += int((norms[~right] > 0).sum())
+
+    def signal(self, images: int) -> float:
+        """Return ||g||^2, g the mean gradient of so many images."""
+        return _norm(self.sums[0] + self.sums[1]) ** 2 / images**2
+
+    def noise(self, images: int) -> float:
+        """Return the variance over images, summed over the layer's weights."""
+        if images < 2:
+            return math.nan
+        return (self.squares - images * self.signal(images)) / (images - 1)
+
+    def agreement(self) -> float:
+        # |sum of u|^2 is the sum of all cosines, and each of the n images has 1 with itself.
+        cosines = _norm(self.sums[2]) ** 2 - self.directed
+        return _ratio(cosines, self.directed * (self.directed - 1))
+
+    def conflict(self) -> float:
+        wrong, right, _ = self.sums
+        return _ratio(-float(wrong @ right), _norm(wrong) * _norm(right))
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+
+
+def _ratio(of: float, to: float) -> float:
+    return of / to if to > 0 else math.nan
 
 
 @dataclass
@@ -117,11 +167,10 @@ def gather_evidence(
             of the true class (B, h, w).
     """
     sums = _Sums()
-    trained = {name: layer for layer in layers for name in layer.parameter_names}
     # Of every layer, whichever are scored: the onset compares with all that come before.
     norms = {x.name: norm for x in program.layers if (norm := program.batch_norm_after(x.name))}
     for images, labels in batches:
-        logits, maps = _add_batch(sums, program, images, labels, layers, list(trained), norms)
+        logits, maps = _add_batch(sums, program, images, labels, layers, norms)
         if on_batch is not None:
             on_batch(logits, maps)
     drifts = {name: drift(sums.outputs[name], norms[name]) for name in sums.outputs}
@@ -129,7 +178,7 @@ def gather_evidence(
     started = onsets(drifts, feeding)
     return [
         replace(
-            _summarize(sums, program, layer, seed),
+            _summarize(sums, layer, seed),
             drift=drifts.get(layer.name, math.nan),
             drift_onset=started.get(layer.name, math.nan),
             first_in_line=not feeding.get(layer.name),
@@ -144,52 +193,58 @@ def _add_batch(
     images: Tensor,
     labels: Tensor,
     layers: list[Layer],
-    trained: list[str],
     norms: Mapping[str, BatchNorm],
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    scored = [layer.name for layer in layers]
     with_maps = [layer.name for layer in layers if layer.has_maps]
-    leaves = {name: program.state[name].detach().requires_grad_() for name in trained}
     with torch.enable_grad():
-        watched = list(dict.fromkeys([*with_maps, *norms]))
-        activations, logits = program.watch(images, watched, leaves)
-        by_weight = torch.autograd.grad(
-            F.cross_entropy(logits, labels), list(leaves.values()), retain_graph=True
-        )
-        by_activation = torch.autograd.grad(
-            target_scores(logits, labels), [activations[name] for name in with_maps]
-        )
+        calls, logits = program.calls(images, list(dict.fromkeys([*scored, *norms])))
+        margins = error_margins(logits, labels)
+        score = target_scores(logits, labels)
+    right = logits.detach().argmax(dim=1) == labels
+    own = [call for call in calls if call.layer in set(scored)]
+    asked = _gradients_by(margins.sum(), own, retain_graph=True)
+    for name, uses in groupby(zip(own, asked, strict=True), key=lambda use: use[0].layer):
+        together = list(uses)
+        if name not in sums.gradients:
+            sums.gradients[name] = _Gradients.empty(together[0][0])
+        sums.gradients[name].add(together, margins.detach(), right)
+    del asked  # as large as all outputs together, and so are the next ones
+    last = {call.layer: call for call in calls}
     for name in norms:
-        output = activations[name].detach()
+        output = last[name].outputs.detach()
         if name not in sums.outputs:
             sums.outputs[name] = ChannelSums.empty(output.shape[1], output.device)
         sums.outputs[name].add(output)
-    for name, gradient in zip(leaves, by_weight, strict=True):
-        if name not in sums.gradients:
-            zeros = torch.zeros_like(gradient)
-            sums.gradients[name] = _Gradients(zeros, zeros.clone())
-        sums.gradients[name].add(gradient, len(labels))
+    by_activation = _gradients_by(score, [last[name] for name in with_maps])
     maps: dict[str, Tensor] = {}
     for name, gradient in zip(with_maps, by_activation, strict=True):
-        raw = layer_map(program.layer(name), activations[name].detach(), gradient)
+        raw = layer_map(program.layer(name), last[name].outputs.detach(), gradient)
         maps[name] = normalize_maps(raw)
         sums.map_means.setdefault(name, []).append(maps[name].mean(dim=(1, 2)).cpu())
     logits = logits.detach()
     probabilities = logits.softmax(dim=1)
     sums.true_probabilities.append(probabilities.gather(1, labels.unsqueeze(1)).squeeze(1).cpu())
-    sums.right.append((logits.argmax(dim=1) == labels).cpu())
+    sums.right.append(right.cpu())
     return logits, maps
 
 
-def _summarize(sums: _Sums, program: Program, layer: Layer, seed: int) -> LayerEvidence:
+def _gradients_by(
+    score: Tensor, calls: Sequence[Call], *, retain_graph: bool = False
+) -> Sequence[Tensor]:
+    """Return the score's gradient by the outputs of each call."""
+    if not calls:
+        return ()
+    outputs = [call.outputs for call in calls]
+    return torch.autograd.grad(score, outputs, retain_graph=retain_graph)
+
+
+def _summarize(sums: _Sums, layer: Layer, seed: int) -> LayerEvidence:
     if not sums.right:
         return _no_evidence(layer)
-    gradients = [sums.gradients[name] for name in layer.parameter_names]
-    signal = sum(float(g.mean.double().square().sum()) for g in gradients)
-    noise = sum(g.noise() for g in gradients)
-    weights = sum(
-        float(program.state[name].double().square().sum()) for name in layer.parameter_names
-    )
     right = torch.cat(sums.right).numpy()
+    gradients = sums.gradients[layer.name]
+    signal = gradients.signal(len(right))
     nan = float("nan")
     map_mean_right = map_mean_wrong = penalty = nan
     separation = Interval(value=nan, low=nan, high=nan)
@@ -203,8 +258,10 @@ def _summarize(sums: _Sums, program: Program, layer: Layer, seed: int) -> LayerE
     return LayerEvidence(
         layer=layer,
         gradient_norm=signal**0.5,
-        relative_gradient_norm=(signal / weights) ** 0.5 if weights else nan,
-        gradient_snr=signal / noise if noise else nan,
+        relative_gradient_norm=_ratio(signal**0.5, gradients.weight_norm),
+        gradient_snr=_ratio(signal, gradients.noise(len(right))),
+        gradient_agreement=gradients.agreement(),
+        gradient_conflict=gradients.conflict(),
         map_mean_right=map_mean_right,
         map_mean_wrong=map_mean_wrong,
         map_auroc=separation,

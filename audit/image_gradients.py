@@ -3,7 +3,8 @@
 The gradient of a batch adds up its images and hides whether they agree. For a convolution, the
 gradient of one image is a sum over places of the products of what comes in and what is asked of
 what goes out; kept apart by image it costs what the gradient of the batch costs. One forward and
-one backward pass give it for every layer.
+one backward pass give it for every layer: `margin_gradients` hands out all of them,
+`add_gradients` adds them up without keeping them.
 
 Source of the products: Goodfellow 2015, "Efficient Per-Example Gradient Computations".
 """
@@ -11,6 +12,7 @@ Source of the products: Goodfellow 2015, "Efficient Per-Example Gradient Computa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, cast
 
@@ -21,13 +23,19 @@ from torch.nn.grad import conv2d_weight
 
 from audit.networks.program import Call, Program
 
-__all__ = ["call_gradients", "error_margins", "margin_gradients"]
+__all__ = ["Use", "add_gradients", "call_gradients", "error_margins", "margin_gradients"]
+
+Use = tuple[Call, Tensor]
+"""One use of a layer, and the gradient that is asked of its outputs, of their shape."""
 
 aten = torch.ops.aten
 _conv2d_weight = cast(Callable[..., Tensor], conv2d_weight)  # torch gives it no types
 
 _FEW_PLACES = 64
 """Outputs of no more places take one matrix product; the copies that it needs cost more above."""
+
+_MOST_VALUES = 2**26
+"""Values of single images' gradients held at once: 256 MiB in single precision."""
 
 
 def error_margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -58,9 +66,67 @@ def margin_gradients(
     def by_layer() -> Iterator[tuple[str, Tensor]]:
         pairs = zip(calls, asked, strict=True)
         for layer, uses in groupby(pairs, key=lambda pair: pair[0].layer):
-            yield layer, torch.stack([call_gradients(*use) for use in uses]).sum(dim=0)
+            yield layer, _rows(list(uses))
 
     return margins.detach(), by_layer()
+
+
+@torch.no_grad()
+def add_gradients(sums: Tensor, uses: Sequence[Use], factors: Tensor, units: Tensor) -> Tensor:
+    """Add weighted sums of the images' gradients to `sums`; return each gradient's norm, (B,).
+
+    sums_k += sum_i factors_ki g_i, and the last row += sum_i units_i g_i / |g_i|, nothing of an
+    image without gradient.
+
+    Args:
+        sums: Changed in place, (K + 1, P), weight first.
+        uses: Every use of one layer in one forward pass.
+        factors: (K, B).
+        units: (B,).
+    """
+    call, asked = uses[0]
+    if len(uses) == 1 and call.operation is aten.linear.default and asked.dim() == 2:
+        return _add_products(sums, call, asked, factors, units)
+    images = max(1, _MOST_VALUES // sums.shape[1])
+    norms = []
+    for start in range(0, len(asked), images):
+        part = slice(start, start + images)
+        rows = _rows([(_part(call, part), asked[part]) for call, asked in uses])
+        norms.append(torch.linalg.vector_norm(rows, dim=1))
+        sums.addmm_(_weights(factors[:, part], units[part], norms[-1]), rows)
+    return torch.cat(norms)
+
+
+def _add_products(
+    sums: Tensor, call: Call, asked: Tensor, factors: Tensor, units: Tensor
+) -> Tensor:
+    """`add_gradients` for one product per image, whose gradients need never be multiplied out."""
+    bias = 0 if call.bias is None else 1
+    lengths = (call.inputs.square().sum(dim=1) + bias).sqrt()
+    norms: Tensor = torch.linalg.vector_norm(asked, dim=1) * lengths
+    values = call.weight.numel()
+    for row, weights in zip(sums, _weights(factors, units, norms), strict=True):
+        weighed = weights[:, None] * asked
+        row[:values].view(call.weight.shape).addmm_(weighed.mT, call.inputs)
+        if bias:
+            row[values:] += weighed.sum(dim=0)
+    return norms
+
+
+def _weights(factors: Tensor, units: Tensor, norms: Tensor) -> Tensor:
+    shares = torch.where(norms > 0, units / norms, 0.0)
+    return torch.cat([factors, shares[None]]).to(norms.dtype)
+
+
+def _rows(uses: Sequence[Use]) -> Tensor:
+    first, *others = [call_gradients(call, asked) for call, asked in uses]
+    for other in others:
+        first += other
+    return first
+
+
+def _part(call: Call, part: slice) -> Call:
+    return replace(call, inputs=call.inputs[part], outputs=call.outputs[part])
 
 
 @torch.no_grad()

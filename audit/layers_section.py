@@ -71,7 +71,8 @@ EVIDENCE = (
     Evidence(
         column="gradient_snr",
         heading="Gradient signal-to-noise",
-        explanation="How well the images agree on where the layer's weights should move.",
+        explanation="How far the images' gradients by the layer's weights share one direction, "
+        "beside how much they scatter.",
         panel=True,
     ),
     Evidence(
@@ -89,22 +90,17 @@ EVIDENCE = (
     Evidence(
         column="gradient_agreement",
         heading="Gradient agreement",
-        explanation="How alike the gradients of single wrong images are.",
+        explanation="How alike the gradients of two wrong images are, on average: their cosine, 1 "
+        "for the same direction.",
         format="decimals",
         panel=True,
     ),
     Evidence(
         column="gradient_conflict",
         heading="Gradient conflict",
-        explanation="How far the gradients of wrong images oppose those of right ones.",
+        explanation="How far the mean gradient of wrong images opposes that of right ones: minus "
+        "their cosine, 1 where one undoes what the other does.",
         format="decimals",
-        panel=True,
-    ),
-    Evidence(
-        column="own_share",
-        heading="Own share",
-        explanation="Share of the layer in what all layers' gradients could change.",
-        format="share",
         panel=True,
     ),
     Evidence(

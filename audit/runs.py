@@ -84,6 +84,7 @@ ADDED_LATER = frozenset(
     {
         *("map_accurate", "map_energy_inside", "map_pointing_hit", "mask_area"),
         *("map_faithfulness", "bn_drift", "bn_drift_onset"),
+        *("gradient_agreement", "gradient_conflict"),
     }
 )
 RUN_LAYERS = {
@@ -96,6 +97,8 @@ RUN_LAYERS = {
     "gradient_norm": _REAL,
     "relative_gradient_norm": _REAL,
     "gradient_snr": _REAL,
+    "gradient_agreement": _REAL,
+    "gradient_conflict": _REAL,
     "map_mean_right": _REAL,
     "map_mean_wrong": _REAL,
     "map_auroc": _REAL,

@@ -58,7 +58,6 @@ from audit.verdict import drift_origin, judge, ranking
 __all__ = ["ScanConfig", "ScanRequest", "scan_model"]
 
 GALLERY_IMAGES = 32
-EVIDENCE_BATCHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +262,7 @@ def _observe(
             folder,
             positions,
             network.card.preprocessing,
-            batch_size=batch_size,
+            batch_size=config.batch_size,
             workers=_workers(config.workers, program.device),
             pin_memory=program.device.type == "cuda",
             on_skip=skipped.__setitem__,
@@ -282,8 +281,6 @@ def _observe(
 
     testing = folder.positions("test")
     choosing = sorted({*range(len(folder.records))} - {*testing})
-    # The gradient's noise is read off the differences between batches: it takes several.
-    batch_size = max(1, min(config.batch_size, len(choosing) // EVIDENCE_BATCHES))
     with console.progress("gathering evidence", len(choosing)) as bar:
 
         def observed(logits: Tensor, maps: Mapping[str, Tensor]) -> None:
@@ -572,6 +569,8 @@ def _layer_rows(
             "gradient_norm": scores.gradient_norm,
             "relative_gradient_norm": scores.relative_gradient_norm,
             "gradient_snr": scores.gradient_snr,
+            "gradient_agreement": scores.gradient_agreement,
+            "gradient_conflict": scores.gradient_conflict,
             "map_mean_right": scores.map_mean_right,
             "map_mean_wrong": scores.map_mean_wrong,
             "map_auroc": scores.map_auroc.value,

@@ -63,46 +63,95 @@ def test_gradient_norms_are_those_of_all_images_at_once_whatever_the_batches(
         assert scores.relative_gradient_norm == pytest.approx(norm / weights, rel=1e-9), name
 
 
-def test_signal_to_noise_is_the_mean_over_the_variance_of_image_gradients(
-    case: tuple[nn.Module, Program],
+def half_right(module: nn.Module, given: Tensor) -> tuple[Tensor, np.ndarray]:
+    """Labels of which about half are what the network says, and which of them are, bool (N,)."""
+    with torch.no_grad():
+        said = module(given).argmax(dim=1)
+    targets = torch.where(torch.arange(len(given)) % 2 == 0, said, labels(len(given)))
+    right = (said == targets).numpy()
+    assert 2 <= right.sum() <= len(given) - 2
+    return targets, right
+
+
+def image_rows(
+    module: nn.Module, given: Tensor, targets: Tensor, entries: Sequence[str]
+) -> np.ndarray:
+    """Each image's gradient by all values of these parameters, (N, P), one backward() an image."""
+    pairs = zip(given.split(1), targets.split(1), strict=True)
+    alone = [module_gradients(module, *pair) for pair in pairs]
+    return np.stack(
+        [np.concatenate([of[entry].numpy().ravel() for entry in entries]) for of in alone]
+    )
+
+
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+def test_gradient_scores_are_those_of_single_images_whatever_the_batches(
+    case: tuple[nn.Module, Program], sizes: list[int]
 ) -> None:
     module, program = case
-    found = gathered(program, [1] * IMAGES)
-    given, targets = images(IMAGES, torch.float64), labels(IMAGES)
-    alone = [module_gradients(module, given[i : i + 1], targets[i : i + 1]) for i in range(IMAGES)]
-    for name, scores in found.items():
-        signal = noise = 0.0
-        for entry in scores.layer.parameter_names:
-            rows = np.stack([gradients[entry].numpy().ravel() for gradients in alone])
-            signal += float((rows.mean(axis=0) ** 2).sum())
-            noise += float(rows.var(axis=0, ddof=1).sum())
-        assert scores.gradient_snr == pytest.approx(signal / noise, rel=1e-9), name
-
-
-def test_signal_to_noise_of_unequal_batches_weighs_each_by_its_images() -> None:
-    module = network("plain", torch.float64)
-    sizes = [4, 2, 1]
-    found = gathered(Program.capture(module, SIZE), sizes)
-    parts = zip(images(7, torch.float64).split(sizes), labels(7).split(sizes), strict=True)
-    by_batch = [module_gradients(module, *part) for part in parts]
-    for scores in found.values():
-        signal = noise = 0.0
-        for entry in scores.layer.parameter_names:
-            rows = np.stack([gradients[entry].numpy().ravel() for gradients in by_batch])
-            mean = np.average(rows, axis=0, weights=sizes)
-            signal += float((mean**2).sum())
-            # n_b times the squared deviation of a batch has the variance of one image.
-            deviations = sum(
-                n * ((row - mean) ** 2).sum() for n, row in zip(sizes, rows, strict=True)
-            )
-            noise += float(deviations) / (len(sizes) - 1)
+    given = images(IMAGES, torch.float64)
+    targets, right = half_right(module, given)
+    parts = list(zip(given.split(sizes), targets.split(sizes), strict=True))
+    for scores in gather_evidence(program, parts, list(program.layers), seed=0):
+        rows = image_rows(module, given, targets, scores.layer.parameter_names)
+        signal = (rows.mean(axis=0) ** 2).sum()
+        noise = rows.var(axis=0, ddof=1).sum()
         assert scores.gradient_snr == pytest.approx(signal / noise, rel=1e-9)
+        wrong = rows[~right]
+        cosines = [cosine(a, b) for i, a in enumerate(wrong) for b in wrong[:i]]
+        assert scores.gradient_agreement == pytest.approx(np.mean(cosines), rel=1e-9)
+        between = cosine(wrong.mean(axis=0), rows[right].mean(axis=0))
+        assert scores.gradient_conflict == pytest.approx(-between, rel=1e-9)
 
 
-def test_one_batch_says_nothing_about_noise() -> None:
-    found = gathered(Program.capture(network("plain"), SIZE), [5])
-    assert all(math.isnan(scores.gradient_snr) for scores in found.values())
-    assert all(scores.gradient_norm > 0 for scores in found.values())
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+
+
+def test_what_one_image_cannot_say_is_unknown() -> None:
+    module = network("plain")
+    program = Program.capture(module, SIZE)
+    said = program.logits(images(1)).argmax(dim=1)
+    for targets in (said, (said + 1) % program.classes):
+        for scores in gather_evidence(
+            program, [(images(1), targets)], list(program.layers), seed=0
+        ):
+            assert scores.gradient_norm > 0
+            unknown = (scores.gradient_snr, scores.gradient_agreement, scores.gradient_conflict)
+            assert all(map(math.isnan, unknown))
+
+
+def test_wrong_images_without_a_gradient_neither_agree_nor_disagree() -> None:
+    module = network("plain", torch.float64)
+    with torch.no_grad():
+        module.conv2.bias.fill_(-0.5)  # type: ignore[operator, union-attr]
+    program = Program.capture(module, SIZE)
+    given = images(IMAGES, torch.float64)
+    given[1:4] *= 0  # conv2 gives nothing on a black image: its rectifier is shut
+    targets = (program.logits(given).argmax(dim=1) + 1) % program.classes
+    found = gather_evidence(program, [(given, targets)], [program.layer("conv2")], seed=0)
+    rows = image_rows(module, given, targets, ["conv2.weight", "conv2.bias"])
+    lengths = np.linalg.norm(rows, axis=1)
+    assert (lengths > 0).tolist() == [True, False, False, False, True, True, True]
+    lit = rows[lengths > 0]
+    cosines = [cosine(a, b) for i, a in enumerate(lit) for b in lit[:i]]
+    assert found[0].gradient_agreement == pytest.approx(np.mean(cosines), rel=1e-9)
+
+
+def test_the_weight_of_a_weight_norm_is_the_one_that_the_operation_takes() -> None:
+    module = network("plain", torch.float64)
+    nn.utils.parametrizations.weight_norm(module.conv2)  # type: ignore[arg-type]
+    program = Program.capture(module, SIZE)
+    given, targets = images(IMAGES, torch.float64), labels(IMAGES)
+    (layer,) = (layer for layer in program.layers if layer.name.startswith("conv2"))
+    (scores,) = gather_evidence(program, [(given, targets)], [layer], seed=0)
+    plain = network("plain", torch.float64)  # has the same weight: weight norm starts from it
+    (gradient,) = [module_gradients(plain, given, targets)]
+    own = ["conv2.weight", "conv2.bias"]
+    norm = math.sqrt(sum(float((gradient[entry] ** 2).sum()) for entry in own))
+    weights = math.sqrt(sum(float((plain.state_dict()[e] ** 2).sum()) for e in own))
+    assert scores.gradient_norm == pytest.approx(norm, rel=1e-9)
+    assert scores.relative_gradient_norm == pytest.approx(norm / weights, rel=1e-9)
 
 
 def test_map_scores_equal_loops_over_the_maps_that_people_look_at(
@@ -112,10 +161,7 @@ def test_map_scores_equal_loops_over_the_maps_that_people_look_at(
     given = images(20, torch.float64)
     with torch.no_grad():
         logits = module(given)
-    # About half the labels are what the network says, so that there are right and wrong images.
-    targets = torch.where(torch.arange(20) % 2 == 0, logits.argmax(dim=1), labels(20))
-    right = (logits.argmax(dim=1) == targets).numpy()
-    assert 5 < right.sum() < 20
+    targets, right = half_right(module, given)
     parts = list(zip(given.split(6), targets.split(6), strict=True))
     found = gather_evidence(program, parts, list(program.layers), seed=0)
     by_layer = layer_maps(program, given, targets)

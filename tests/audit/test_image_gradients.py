@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.image_gradients import error_margins, margin_gradients
+from audit.image_gradients import add_gradients, error_margins, margin_gradients
 from audit.networks.program import Program
 from tests.audit.example_networks import NETWORKS, SIZE, images, labels, network
 
@@ -53,6 +55,33 @@ def test_each_image_has_the_gradient_that_it_has_alone(case: tuple[nn.Module, Pr
         for layer in program.layers:
             expected = _gradient_by_weight(module, layer.parameter_names)
             torch.testing.assert_close(gradients[layer.name][image], expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 10**6])
+def test_sums_are_those_of_the_rows_however_many_are_held_at_once(
+    case: tuple[nn.Module, Program], monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    _, program = case
+    monkeypatch.setattr("audit.image_gradients._MOST_VALUES", at_once)
+    given, targets = images(IMAGES, torch.float64), labels(IMAGES)
+    names = [layer.name for layer in program.layers]
+    calls, logits = program.calls(given, names)
+    margins = error_margins(logits, targets)
+    asked = torch.autograd.grad(margins.sum(), [call.outputs for call in calls])
+    generator = torch.Generator().manual_seed(3)
+    factors = torch.randn(2, IMAGES, generator=generator, dtype=torch.float64)
+    units = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5], dtype=torch.float64)
+    for name, rows in margin_gradients(program, given, targets, names)[1]:
+        uses = [(c, a) for c, a in zip(calls, asked, strict=True) if c.layer == name]
+        sums = torch.ones(3, rows.shape[1], dtype=torch.float64)
+        norms = add_gradients(sums, uses, factors, units)
+        lengths = torch.tensor([math.sqrt(float(row @ row)) for row in rows], dtype=torch.float64)
+        torch.testing.assert_close(norms, lengths)
+        for at in range(2):
+            expected = 1 + sum(factors[at, i] * rows[i] for i in range(IMAGES))
+            torch.testing.assert_close(sums[at], expected)
+        directions = 1 + sum(units[i] * rows[i] / lengths[i] for i in range(IMAGES))
+        torch.testing.assert_close(sums[2], directions)
 
 
 def _gradient_by_weight(module: nn.Module, names: tuple[str, ...]) -> Tensor:
