@@ -85,6 +85,10 @@ def scan(
     limit: Annotated[
         int | None, typer.Option(help="Scan a stratified sample of N images.", min=1, metavar="N")
     ] = None,
+    budget: Annotated[
+        float,
+        typer.Option(help="Seconds for the trial repairs, at most.", metavar="SECONDS"),
+    ] = 300.0,
     batch_size: Annotated[int, typer.Option(help="Images a batch.", min=1)] = 32,
     workers: Annotated[
         int | None, typer.Option(help="Processes that load images; by itself by default.", min=0)
@@ -113,6 +117,7 @@ def scan(
         device=device,
         seed=seed,
         map_threshold=map_threshold,
+        budget_s=budget,
     )
     request = ScanRequest(
         model=model,

@@ -22,10 +22,13 @@ from torch import Tensor
 
 from audit.networks.program import BatchNorm
 
-__all__ = ["ChannelSums", "drift", "onsets"]
+__all__ = ["ChannelSums", "drift", "onsets", "silent_channels"]
 
 ONSET_FLOOR = 0.03
 """Drift, in nats, that a few hundred images of the training distribution show by chance."""
+
+SILENCE = 1e-3
+"""A channel is silent that varies less than this share of the most varied one of its layer."""
 
 _MOST = 50.0  # nats: one channel of no variance must not outweigh all others
 
@@ -73,6 +76,15 @@ def drift(seen: ChannelSums, remembered: BatchNorm) -> float:
     ratio = variance / expected
     divergence = 0.5 * (ratio + shift - 1 - ratio.log())
     return float(divergence.clamp(max=_MOST).mean())
+
+
+def silent_channels(seen: ChannelSums) -> float:
+    """Return the share of channels whose output is the same for all images and places, in [0, 1].
+
+    The weights of such a channel are dead or lead nowhere; of a healthy layer hardly any is.
+    """
+    deviations = seen.variance.clamp(min=0).sqrt()
+    return float((deviations <= SILENCE * deviations.max()).double().mean())
 
 
 def onsets(drifts: Mapping[str, float], feeding: Mapping[str, Iterable[str]]) -> dict[str, float]:

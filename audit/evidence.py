@@ -3,11 +3,11 @@
 One forward and two backward passes a batch give, for all layers at once, each image's gradient of
 the cross entropy by the weights (the norm of their mean, alone and relative to the weights; their
 signal-to-noise ratio; whether wrong images agree with each other, and whether they oppose the right
-ones), the map of the true class (how much of it is lit on right and on wrong images, and the
-paper's own penalty R1 + R2), and the drift of its output from what the batch norm behind it
-remembers. Gradients and maps are known to be weak on their own. The onset of drift is not: where
-there is batch norm it names the layer, and the trial repairs of `audit.trials` say whether a repair
-is worth it.
+ones), the map of the true class (how much of it is lit on right and on wrong images, the paper's
+own penalty R1 + R2, and, where masks tell, how much of it lies on the object), and the drift of its
+output from what the batch norm behind it remembers. Gradients and maps are known to be weak on
+their own. The onset of drift is not: where there is batch norm it names the layer, and the trial
+repairs of `audit.trials` say whether a repair is worth it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from audit.drift import ChannelSums, drift, onsets
+from audit.drift import ChannelSums, drift, onsets, silent_channels
 from audit.image_gradients import Use, add_gradients, error_margins
+from audit.map_accuracy import energy_inside, pointing_hits
+from audit.map_scores import Objects
 from audit.networks.layers import Layer
 from audit.networks.program import BatchNorm, Call, Program
 from audit.saliency import layer_map, normalize_maps, target_scores
@@ -51,12 +53,18 @@ class LayerEvidence:
         map_mean_wrong: The same of images that it gets wrong.
         map_auroc: How well a small S tells wrong images from right ones, 0.5 is chance.
         penalty: Mean R1 + R2 of Eq. 5-6 with the bounded scaling; NaN without maps.
+        energy_inside: Mean share of the map's energy that lies on the object; NaN without masks.
+        pointing_game: Share of maps whose peak lies on the object; NaN without masks.
+        energy_drop: How much of ``energy_inside`` was lost since the layer before it, of those
+            scored that have maps; NaN without masks and for the first.
         drift: How far its output is from what the batch norm behind it remembers, in nats; NaN
             without batch norm.
         drift_onset: How many times more it drifts than anything that feeds it, as a logarithm; NaN
             without batch norm.
         first_in_line: True where no layer with batch norm feeds it, so that drift may as well come
             from the images.
+        silent_channels: Share of its output channels that say the same whatever the image; NaN
+            without images.
     """
 
     layer: Layer
@@ -69,9 +77,13 @@ class LayerEvidence:
     map_mean_wrong: float
     map_auroc: Interval
     penalty: float
+    energy_inside: float = math.nan
+    pointing_game: float = math.nan
+    energy_drop: float = math.nan
     drift: float = math.nan
     drift_onset: float = math.nan
     first_in_line: bool = True
+    silent_channels: float = math.nan
 
 
 @dataclass
@@ -144,6 +156,9 @@ class _Sums:
     true_probabilities: list[Tensor] = field(default_factory=list)
     right: list[Tensor] = field(default_factory=list)
     outputs: dict[str, ChannelSums] = field(default_factory=dict)
+    energies: dict[str, float] = field(default_factory=dict)
+    hits: dict[str, int] = field(default_factory=dict)
+    with_object: int = 0
 
 
 def gather_evidence(
@@ -152,6 +167,7 @@ def gather_evidence(
     layers: list[Layer],
     *,
     seed: int,
+    objects: Callable[[], Objects | None] | None = None,
     on_batch: Callable[[Tensor, Mapping[str, Tensor]], None] | None = None,
 ) -> list[LayerEvidence]:
     """Return the scores of every layer over the images of all batches.
@@ -163,6 +179,7 @@ def gather_evidence(
         batches: Normalized images (B, 3, H, W) with their labels (B,).
         layers: Which layers to score.
         seed: Of the bootstrap over images.
+        objects: Called for each batch, once it was drawn: where its images' objects are.
         on_batch: Called after each batch with its logits (B, K) and, by layer, its normalized maps
             of the true class (B, h, w).
     """
@@ -171,17 +188,28 @@ def gather_evidence(
     norms = {x.name: norm for x in program.layers if (norm := program.batch_norm_after(x.name))}
     for images, labels in batches:
         logits, maps = _add_batch(sums, program, images, labels, layers, norms)
+        if objects is not None and (found := objects()) is not None:
+            _add_objects(sums, maps, found)
         if on_batch is not None:
             on_batch(logits, maps)
-    drifts = {name: drift(sums.outputs[name], norms[name]) for name in sums.outputs}
+    inside = {name: energy / sums.with_object for name, energy in sums.energies.items()}
+    drops = _drops(inside, layers)
+    drifts = {
+        name: drift(sums.outputs[name], norms[name]) for name in norms if name in sums.outputs
+    }
+    silent = {name: silent_channels(outputs) for name, outputs in sums.outputs.items()}
     feeding = {name: program.feeding(name) & drifts.keys() for name in drifts}
     started = onsets(drifts, feeding)
     return [
         replace(
             _summarize(sums, layer, seed),
+            energy_inside=inside.get(layer.name, math.nan),
+            pointing_game=_ratio(sums.hits.get(layer.name, math.nan), sums.with_object),
+            energy_drop=drops.get(layer.name, math.nan),
             drift=drifts.get(layer.name, math.nan),
             drift_onset=started.get(layer.name, math.nan),
             first_in_line=not feeding.get(layer.name),
+            silent_channels=silent.get(layer.name, math.nan),
         )
         for layer in layers
     ]
@@ -211,8 +239,10 @@ def _add_batch(
         sums.gradients[name].add(together, margins.detach(), right)
     del asked  # as large as all outputs together, and so are the next ones
     last = {call.layer: call for call in calls}
-    for name in norms:
+    for name in dict.fromkeys([*scored, *norms]):
         output = last[name].outputs.detach()
+        if output.dim() == 3:  # a linear layer's tokens, (B, tokens, C)
+            output = output.transpose(1, 2)
         if name not in sums.outputs:
             sums.outputs[name] = ChannelSums.empty(output.shape[1], output.device)
         sums.outputs[name].add(output)
@@ -227,6 +257,22 @@ def _add_batch(
     sums.true_probabilities.append(probabilities.gather(1, labels.unsqueeze(1)).squeeze(1).cpu())
     sums.right.append(right.cpu())
     return logits, maps
+
+
+def _add_objects(sums: _Sums, maps: Mapping[str, Tensor], objects: Objects) -> None:
+    masks = objects.masks.double()  # once, not for every layer
+    sums.with_object += len(objects.rows)
+    for name, found in maps.items():
+        chosen = found[objects.rows]
+        energy = float(energy_inside(chosen, masks).sum())
+        sums.energies[name] = sums.energies.get(name, 0.0) + energy
+        sums.hits[name] = sums.hits.get(name, 0) + int(pointing_hits(chosen, masks).sum())
+
+
+def _drops(inside: Mapping[str, float], layers: Iterable[Layer]) -> dict[str, float]:
+    """Return how much less each layer has inside than the one computed before it."""
+    names = [x.name for x in sorted(layers, key=lambda x: x.index) if x.name in inside]
+    return {name: inside[before] - inside[name] for before, name in pairwise(names)}
 
 
 def _gradients_by(

@@ -43,6 +43,13 @@ class Evidence:
 
 EVIDENCE = (
     Evidence(
+        column="blame",
+        heading="Share of blame",
+        explanation="How likely the layer is the one at fault, by evidence and trials together.",
+        format="share",
+        panel=True,
+    ),
+    Evidence(
         column="trial_gain",
         heading="Trial gain",
         explanation="Share of the held-out cross entropy that a short trial repair of the layer "
@@ -57,9 +64,17 @@ EVIDENCE = (
         format="count",
     ),
     Evidence(
-        column="trial_gain_one_step",
-        heading="After one step",
-        explanation="The trial gain after a single step.",
+        column="channel_gain",
+        heading="Channel trial gain",
+        explanation="Share of the held-out cross entropy that scaling and shifting the layer's "
+        "channels removes.",
+        format="share",
+        panel=True,
+    ),
+    Evidence(
+        column="silent_channels",
+        heading="Silent channels",
+        explanation="Share of the layer's channels that say the same whatever the image.",
         format="share",
     ),
     Evidence(
@@ -130,6 +145,26 @@ EVIDENCE = (
         column="penalty",
         heading="Penalty R1 + R2",
         explanation="Mean of the penalty of the repair's loss over the images.",
+    ),
+    Evidence(
+        column="energy_inside",
+        heading="Map on the object",
+        explanation="Mean share of the layer's map that lies on the object, by the masks.",
+        format="share",
+        panel=True,
+    ),
+    Evidence(
+        column="energy_drop",
+        heading="Lost from the object",
+        explanation="How much of that share was lost since the layer before it.",
+        format="share",
+        panel=True,
+    ),
+    Evidence(
+        column="pointing_game",
+        heading="Peak on the object",
+        explanation="Share of images whose map has its peak on the object.",
+        format="share",
     ),
 )
 

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 __all__ = [
     "PROXY_IMAGES",
     "MapScores",
+    "Objects",
     "case_record",
     "image_columns",
     "judge_maps",
     "proxy_positions",
+    "read_objects",
     "score_by_masks",
     "score_by_proxy",
 ]
@@ -64,15 +66,27 @@ class MapScores:
         return cls(energy, hit, area, faithfulness)
 
 
-def score_by_masks(
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """Where the objects of a batch are.
+
+    Attributes:
+        rows: Which images of the batch have a mask that can be used.
+        masks: How much of each input pixel their objects cover, (len(rows), H, W) in [0, 1].
+    """
+
+    rows: list[int]
+    masks: Tensor
+
+
+def read_objects(
     scores: MapScores,
     positions: Sequence[int],
     paths: Sequence[str],
-    maps: Tensor,
     masks: ObjectMasks,
     preprocessing: Preprocessing,
-) -> None:
-    """Score a batch of maps (B, h, w) against the masks of their photos, where these have one."""
+) -> Objects | None:
+    """Return the objects of a batch of photos, None where there are none; note refused masks."""
     rows, covered = [], []
     for row, (position, path) in enumerate(zip(positions, paths, strict=True)):
         if path not in masks:
@@ -87,13 +101,18 @@ def score_by_masks(
             continue
         rows.append(row)
         covered.append(torch.from_numpy(mask))
-    if not rows:
-        return
-    objects, chosen = torch.stack(covered), maps[rows]
-    at = np.asarray(positions)[rows]
-    scores.energy[at] = energy_inside(chosen, objects).cpu().numpy()
-    scores.hit[at] = pointing_hits(chosen, objects).cpu().numpy()
-    scores.area[at] = mask_areas(objects).numpy()
+    return Objects(rows=rows, masks=torch.stack(covered)) if rows else None
+
+
+def score_by_masks(
+    scores: MapScores, positions: Sequence[int], maps: Tensor, objects: Objects
+) -> None:
+    """Score a batch of maps (B, h, w) against the objects of their photos."""
+    chosen = maps[objects.rows]
+    at = np.asarray(positions)[objects.rows]
+    scores.energy[at] = energy_inside(chosen, objects.masks).cpu().numpy()
+    scores.hit[at] = pointing_hits(chosen, objects.masks).cpu().numpy()
+    scores.area[at] = mask_areas(objects.masks).numpy()
 
 
 def score_by_proxy(

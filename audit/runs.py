@@ -85,6 +85,9 @@ ADDED_LATER = frozenset(
         *("map_accurate", "map_energy_inside", "map_pointing_hit", "mask_area"),
         *("map_faithfulness", "bn_drift", "bn_drift_onset"),
         *("gradient_agreement", "gradient_conflict"),
+        *("energy_inside", "pointing_game", "energy_drop"),
+        *("trial_steps", "blame", "channel_gain", "channel_gain_low", "channel_gain_high"),
+        "silent_channels",
     }
 )
 RUN_LAYERS = {
@@ -105,13 +108,21 @@ RUN_LAYERS = {
     "map_auroc_low": _REAL,
     "map_auroc_high": _REAL,
     "penalty": _REAL,
+    "energy_inside": _REAL,
+    "pointing_game": _REAL,
+    "energy_drop": _REAL,
     "bn_drift": _REAL,
     "bn_drift_onset": _REAL,
+    "silent_channels": _REAL,
+    "blame": _REAL,
+    "channel_gain": _REAL,
+    "channel_gain_low": _REAL,
+    "channel_gain_high": _REAL,
     "trial_gain": _REAL,
     "trial_gain_low": _REAL,
     "trial_gain_high": _REAL,
     "trial_step": _REAL,
-    "trial_gain_one_step": _REAL,
+    "trial_steps": _INT,
     "trial_broken": _REAL,
     "rank": _INT,
 }

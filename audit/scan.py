@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audit import console
+from audit.blame import has_memory, promising, shares_of_blame
 from audit.cases import MapAccuracy
 from audit.environment import choose_device, device_record, peak_memory_mib, versions
 from audit.errors import ImageError, UsageError
@@ -32,10 +33,12 @@ from audit.images.records import SPLITS
 from audit.map_accuracy import ENERGY_THRESHOLD
 from audit.map_scores import (
     MapScores,
+    Objects,
     case_record,
     image_columns,
     judge_maps,
     proxy_positions,
+    read_objects,
     score_by_masks,
     score_by_proxy,
 )
@@ -52,8 +55,15 @@ from audit.saliency import (
     target_scores,
 )
 from audit.statistics import classification_metrics
-from audit.trials import TrialConfig, TrialRepair, trial_repairs
-from audit.verdict import drift_origin, judge, ranking
+from audit.trials import (
+    CHANNEL_TRIAL,
+    TrialConfig,
+    TrialRepair,
+    planned_steps,
+    ranking,
+    trial_repairs,
+)
+from audit.verdict import drift_origin, judge
 
 __all__ = ["ScanConfig", "ScanRequest", "scan_model"]
 
@@ -71,6 +81,7 @@ class ScanConfig:
         trial_images: At most so many images teach the trial repairs.
         judge_images: At most so many others judge them.
         map_threshold: Share of a map's energy that has to lie in the mask for it to be accurate.
+        budget_s: At most so many seconds of trials; a trial that is under way is finished.
     """
 
     layers: str | None = None
@@ -83,11 +94,14 @@ class ScanConfig:
     trial_images: int = 64
     judge_images: int = 192
     map_threshold: float = ENERGY_THRESHOLD
+    budget_s: float = 300.0
     trial: TrialConfig = field(default_factory=TrialConfig)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"--method is {self.method!r}; expected one of {', '.join(METHODS)}")
+        if self.budget_s <= 0:
+            raise UsageError(f"--budget is {self.budget_s}; expected seconds above 0")
         if not 0 < self.map_threshold <= 1:
             raise UsageError(
                 f"--map-threshold is {self.map_threshold}; expected a share above 0 and at most 1"
@@ -211,15 +225,16 @@ def _fill_run(
     with timings.measure("groups"):
         _write_groups(run, network, folder, predictions, config)
     with timings.measure("trials"):
-        trials, held_out = _try_repairs(network, folder, layers, predictions, labels, config)
+        trials, channel_trials, held_out = _try_repairs(
+            network, folder, layers, evidence, predictions, labels, config
+        )
     wrong = int((predictions.predicted[held_out] != labels[held_out]).sum())
     verdict = judge(
         trials,
         evidence,
-        steps=config.trial.steps,
+        channel_trials,
         wrong=wrong,
         images=len(held_out),
-        seed=config.seed,
     )
     with timings.measure("gallery"):
         _write_gallery(run, network, folder, layers, shown, predictions, labels, config)
@@ -231,7 +246,7 @@ def _fill_run(
         strict=True,
     )
     run.write_images([row | map_columns[i] for i, row in rows])
-    run.write_layers(_layer_rows(layers, evidence, trials))
+    run.write_layers(_layer_rows(layers, evidence, trials, channel_trials))
     run.write_verdict(verdict.as_dict())
     run.write_info(
         data=_data_info(request, folder, predictions, skipped),
@@ -255,9 +270,10 @@ def _observe(
     program = network.program
     labels = torch.tensor([record.label for record in folder.records])
     in_hand = torch.empty(0, dtype=torch.int64)  # positions of the batch that is being worked on
+    objects: Objects | None = None  # of the same batch
 
     def batches(positions: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        nonlocal in_hand
+        nonlocal in_hand, objects
         for batch in iterate_batches(
             folder,
             positions,
@@ -268,16 +284,17 @@ def _observe(
             on_skip=skipped.__setitem__,
         ):
             in_hand = batch.indices
+            if masks is not None and shown is not None:
+                at = in_hand.tolist()
+                paths = [folder.records[i].path for i in at]
+                objects = read_objects(scores, at, paths, masks, network.card.preprocessing)
             yield network.normalize(batch.pixels), labels[batch.indices].to(program.device)
 
     def record(logits: Tensor, maps: Mapping[str, Tensor]) -> None:
         found = maps.get(shown or "")
         _record(predictions, in_hand.numpy(), logits, labels[in_hand], found)
-        if masks is not None and found is not None:
-            paths = [folder.records[i].path for i in in_hand]
-            score_by_masks(
-                scores, in_hand.tolist(), paths, found, masks, network.card.preprocessing
-            )
+        if objects is not None and found is not None:
+            score_by_masks(scores, in_hand.tolist(), found, objects)
 
     testing = folder.positions("test")
     choosing = sorted({*range(len(folder.records))} - {*testing})
@@ -290,7 +307,12 @@ def _observe(
         # The shown layer's maps are wanted of every image, also where that layer is not tried.
         further = [program.layer(shown)] if shown and shown not in {x.name for x in layers} else []
         evidence = gather_evidence(
-            program, batches(choosing), [*layers, *further], seed=config.seed, on_batch=observed
+            program,
+            batches(choosing),
+            [*layers, *further],
+            seed=config.seed,
+            objects=lambda: objects,
+            on_batch=observed,
         )[: len(layers)]
     with console.progress("predicting the test split", len(testing)) as bar:
         for images, targets in batches(testing):
@@ -393,14 +415,18 @@ def _try_repairs(
     network: Network,
     folder: ImageFolder,
     layers: tuple[Layer, ...],
+    evidence: Sequence[LayerEvidence],
     predictions: _Predictions,
     labels: np.ndarray,
     config: ScanConfig,
-) -> tuple[list[TrialRepair], np.ndarray]:
-    """Return the trials and the positions of the images that judged them."""
+) -> tuple[list[TrialRepair], list[TrialRepair], np.ndarray]:
+    """Return trials of weights and of channels, and the positions of the images that judged them.
+
+    Channels are tried where no batch norm remembers the training; both kinds share the budget.
+    """
     learning, judging = _trial_positions(folder, predictions, labels, config)
     if not len(learning) or not len(judging):
-        return [], judging
+        return [], [], judging
     device = network.program.device
     pixels = load_pixels(
         folder, [*learning, *judging], network.card.preprocessing, batch_size=config.batch_size
@@ -408,19 +434,30 @@ def _try_repairs(
     images = network.normalize(pixels)
     cut = len(learning)
     targets = torch.from_numpy(labels).to(device)
-    with console.progress("trial repairs", len(layers)) as bar:
-        trials = trial_repairs(
-            network.program,
-            images[:cut],
-            targets[learning],
-            images[cut:],
-            targets[judging],
-            layers,
-            config.trial,
-            seed=config.seed,
-            on_layer=lambda _: bar.advance(),
-        )
-    return trials, judging
+    kinds = (config.trial,) if has_memory(evidence) else (config.trial, CHANNEL_TRIAL)
+    origin = drift_origin(evidence)
+    favored = () if origin is None else (origin.layer.name,)
+    order = promising(evidence)
+    found: list[list[TrialRepair]] = []
+    with console.progress(
+        "trial repairs", sum(planned_steps(len(layers), k) for k in kinds)
+    ) as bar:
+        for kind in kinds:
+            trials = trial_repairs(
+                network.program,
+                images[:cut],
+                targets[learning],
+                images[cut:],
+                targets[judging],
+                layers,
+                replace(kind, budget_s=config.budget_s / len(kinds)),
+                seed=config.seed,
+                promising=order,
+                favored=favored,
+                on_steps=bar.advance,
+            )
+            found.append(trials)
+    return found[0], found[1] if len(found) > 1 else [], judging
 
 
 def _trial_positions(
@@ -548,15 +585,17 @@ def _image_rows(
 
 
 def _layer_rows(
-    layers: tuple[Layer, ...], evidence: list[LayerEvidence], trials: list[TrialRepair]
+    layers: tuple[Layer, ...],
+    evidence: Sequence[LayerEvidence],
+    trials: Sequence[TrialRepair],
+    channel_trials: Sequence[TrialRepair],
 ) -> list[dict[str, Any]]:
-    origin = drift_origin(evidence)
-    # Where drift sets in comes first, then whose trial removes most: sorting keeps that order.
-    suspects = sorted(
-        ranking(trials), key=lambda trial: origin is None or trial.layer != origin.layer
-    )
-    ranks = {trial.layer.name: rank for rank, trial in enumerate(suspects, start=1)}
+    blame = shares_of_blame(evidence, trials, channel_trials) if trials else {}
+    by_gain = [trial.layer.name for trial in ranking(trials)]
+    order = sorted(by_gain, key=lambda name: -blame[name])  # stable: ties stay in order of gain
+    ranks = {name: rank for rank, name in enumerate(order, start=1)}
     tried = {trial.layer.name: trial for trial in trials}
+    channels = {trial.layer.name: trial.gain for trial in channel_trials}
     rows = []
     for layer, scores in zip(layers, evidence, strict=True):
         row: dict[str, Any] = {
@@ -577,9 +616,21 @@ def _layer_rows(
             "map_auroc_low": scores.map_auroc.low,
             "map_auroc_high": scores.map_auroc.high,
             "penalty": scores.penalty,
+            "energy_inside": scores.energy_inside,
+            "pointing_game": scores.pointing_game,
+            "energy_drop": scores.energy_drop,
             "bn_drift": scores.drift,
             "bn_drift_onset": scores.drift_onset,
+            "silent_channels": scores.silent_channels,
+            "blame": blame.get(layer.name),
         }
+        if layer.name in channels:
+            gain = channels[layer.name]
+            row |= {
+                "channel_gain": gain.value,
+                "channel_gain_low": gain.low,
+                "channel_gain_high": gain.high,
+            }
         if layer.name in tried:
             trial = tried[layer.name]
             row |= {
@@ -587,7 +638,7 @@ def _layer_rows(
                 "trial_gain_low": trial.gain.low,
                 "trial_gain_high": trial.gain.high,
                 "trial_step": trial.step_size,
-                "trial_gain_one_step": trial.gain_one_step.value,
+                "trial_steps": trial.steps,
                 "trial_broken": trial.broken,
                 "rank": ranks[layer.name],
             }

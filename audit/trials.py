@@ -1,18 +1,28 @@
 """Trial repairs: a few cheap steps on one layer alone, undone afterwards, judged on other images.
 
-Cheap scores do not find the layer at fault; trying to repair each one does. Every layer gets the
-same trial: one Adam step at several step sizes relative to the size of its weights, then a few more
-at the best of them, on the same images and with everything else frozen. What counts is how much of
-the cross entropy of *held-out* images a trial removes, images that were right and turn wrong
-included. The step size is chosen on one half of the held-out images and judged on the other, and
-the other way round, so that the best of several tries is not taken for a gain. The frozen prefix
-of every layer comes from one pass.
+Cheap scores do not find the layer at fault; trying to repair each one does. There are two kinds. A
+trial of the *weights* may change all of them: it says how much a repair of the layer would do. A
+trial of the *channels* may only scale and shift each output channel of the layer: most layers can
+undo a fault with all their weights, few with so little, and those that can are where it lies.
+
+Trials go in rounds, by successive halving: every layer takes the first few Adam steps at each step
+size; the better half of the layers takes more, and the best of those the rest. All on the same
+images and with everything else frozen. What counts is how much of the cross entropy of
+*held-out* images a trial removes, images that were right and turn wrong included. The step size is
+chosen on one half of the held-out images and judged on the other, and the other way round, so that
+the best of several tries is not taken for a gain. In each round the frozen prefix of all layers
+comes from one pass, and a trial goes on where its last round ended.
+
+Source of the rounds: Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,28 +33,57 @@ from audit.networks.layers import Layer
 from audit.networks.program import Program, Split
 from audit.statistics import Interval
 
-__all__ = ["TrialConfig", "TrialRepair", "error_share_removed", "trial_repairs"]
+__all__ = [
+    "CHANNEL_TRIAL",
+    "TrialConfig",
+    "TrialRepair",
+    "error_share_removed",
+    "planned_steps",
+    "ranking",
+    "trial_repairs",
+]
+
+TrialKind = Literal["weights", "channels"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialConfig:
-    """How a trial repair is made.
+    """How trial repairs are made.
 
     Attributes:
-        steps: Adam steps on the whole set of trial images.
-        step_sizes: Learning rates, in units of the root mean square of the layer's weights. They
-            are small on purpose: small changes tell layers apart, large ones let any layer undo
-            the fault (ARCHITECTURE.md).
+        kind: What may change: the layer's weights, or a factor and a shift for each channel.
+        rounds: Adam steps, on the whole set of trial images, after which each round ends.
+        keep: Share of a round's layers that go on to the next one.
+        step_sizes: Learning rates, in units of the root mean square of the layer's weights; of
+            channels, the step of the factor, and of the shift in units of the bias. They are small
+            on purpose: small changes tell layers apart, large ones let any layer undo the fault
+            (ARCHITECTURE.md).
         batch_size: Images a forward pass; the steps themselves use all images.
+        budget_s: Seconds for all trials together. The first round takes as many layers, most
+            promising first, as half of them has time for; a later round as many of those, best
+            first, as the rest has.
     """
 
-    steps: int = 4
+    kind: TrialKind = "weights"
+    rounds: tuple[int, ...] = (4, 16)
+    keep: float = 0.5
     step_sizes: tuple[float, ...] = (0.003, 0.01)
     batch_size: int = 64
+    budget_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.step_sizes or min(self.step_sizes) <= 0:
-            raise ValueError("a trial needs at least one step and positive step sizes")
+        rising = all(one < two for one, two in zip((0, *self.rounds), self.rounds, strict=False))
+        if not self.rounds or not rising:
+            raise ValueError("a trial has rounds of at least one step that grow")
+        if not self.step_sizes or min(self.step_sizes) <= 0 or not 0 < self.keep <= 1:
+            raise ValueError("a trial needs positive step sizes and a share to keep")
+        if self.budget_s is not None and self.budget_s <= 0:
+            raise ValueError("a budget is a positive number of seconds")
+
+
+CHANNEL_TRIAL = TrialConfig(kind="channels", rounds=(8, 16, 24), keep=1.0, step_sizes=(0.1,))
+"""The trial of the channels that a scan makes where no batch norm remembers the training. All its
+layers stay in: how they rank after each round is what tells them apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +91,10 @@ class TrialRepair:
     """What the trial of one layer did to the held-out images.
 
     Attributes:
+        steps: Steps that it took: those of the last round that it reached.
         gain: Share of their cross entropy that it removed, with the interval of a bootstrap over
             images; negative where it did harm.
-        gain_one_step: The same after the first step.
+        gains: By round that it took part in, the gain at its end.
         broken: Share of the images that were right and are wrong after the trial.
         step_size: The step size that was chosen; the smaller one where the halves differ.
         cross_entropies_before: Per held-out image, (N,).
@@ -62,8 +102,9 @@ class TrialRepair:
     """
 
     layer: Layer
+    steps: int
     gain: Interval
-    gain_one_step: Interval
+    gains: tuple[float, ...]
     broken: float
     step_size: float
     cross_entropies_before: np.ndarray
@@ -88,34 +129,120 @@ def trial_repairs(
     config: TrialConfig,
     *,
     seed: int,
-    on_layer: Callable[[Layer], None] | None = None,
+    promising: Sequence[str] = (),
+    favored: Collection[str] = (),
+    on_steps: Callable[[int], None] | None = None,
 ) -> list[TrialRepair]:
     """Return one trial repair per layer, in the order of the layers.
+
+    Layers that the budget has no time for have none.
 
     Args:
         images: Normalized images that the trials learn from, (M, 3, H, W), on the program's
             device, with labels (M,).
         held_out_images: Normalized images that judge them, (N, 3, H, W), with labels (N,).
         seed: Of the bootstrap and of the halves.
-        on_layer: Called after each layer.
+        promising: Names of the layers, those first that a budget should reach; as given without.
+        favored: Names of layers that stay in to the last round whatever they gain.
+        on_steps: Called with the number of steps whenever a layer's part of a round is over.
     """
+    started_s = time.perf_counter()
     learning = len(images)
     every_image = torch.cat([images, held_out_images])
     halves = np.random.default_rng(seed).permutation(len(held_out_images)) % 2
     with torch.no_grad():
         parts = _parts(len(held_out_images), config.batch_size)
         logits = torch.cat([program.logits(held_out_images[part]) for part in parts])
+    forward_s = (time.perf_counter() - started_s) / len(held_out_images)
     before = _judge_logits(logits, held_out_labels)
-    found: dict[str, TrialRepair] = {}
-    for name, crossing in program.prefixes(every_image, [layer.name for layer in layers]):
-        split = program.split(name)
-        trial_part = tuple(tensor[:learning] for tensor in crossing)
-        judge_part = tuple(tensor[learning:] for tensor in crossing)
-        trial = _Trial(split, trial_part, labels, judge_part, held_out_labels, config)
-        found[name] = _assess(trial, before, halves, seed)
-        if on_layer is not None:
-            on_layer(split.layer)
-    return [found[layer.name] for layer in layers]
+    entrants = _affordable(
+        promising or [layer.name for layer in layers],
+        config,
+        forward_s=forward_s,
+        learning=learning,
+        judging=len(held_out_images),
+    )
+    trials = {name: _Trial(program.split(name), config, halves) for name in entrants}
+    done = 0
+    for steps in config.rounds:
+        for name, crossing in program.prefixes(every_image, entrants):
+            if steps == config.rounds[0] and _spent(started_s, config):
+                break
+            trials[name].advance(
+                steps,
+                [tensor[:learning] for tensor in crossing],
+                labels,
+                [tensor[learning:] for tensor in crossing],
+                held_out_labels,
+            )
+            if on_steps is not None:
+                on_steps(steps - done)
+        left_s = math.inf if config.budget_s is None else config.budget_s
+        left_s -= time.perf_counter() - started_s
+        entrants = _next_entrants(trials, entrants, steps, config, favored, left_s)
+        done = steps
+    tried = [trials[layer.name] for layer in layers if layer.name in trials]
+    return [trial.repair(before, seed) for trial in tried if trial.steps]
+
+
+def ranking(trials: Sequence[TrialRepair]) -> list[TrialRepair]:
+    """Return the trials by the round that they reached, then by what they gained, best first."""
+    return sorted(trials, key=lambda trial: (trial.steps, trial.gain.value), reverse=True)
+
+
+def planned_steps(layers: int, config: TrialConfig) -> int:
+    """Return how many steps the trials of so many layers take together, budget aside."""
+    total, entrants, done = 0, layers, 0
+    for steps in config.rounds:
+        total += entrants * (steps - done)
+        entrants, done = _kept(entrants, config), steps
+    return total
+
+
+def _kept(entrants: int, config: TrialConfig) -> int:
+    return max(min(entrants, 2), math.ceil(entrants * config.keep))
+
+
+def _affordable(
+    names: Sequence[str], config: TrialConfig, *, forward_s: float, learning: int, judging: int
+) -> list[str]:
+    """Return as many names as half of the budget has time for, two at least.
+
+    A step costs three forwards of its images, of the layer itself and what follows: half of the
+    network, on average over its layers.
+    """
+    if config.budget_s is None:
+        return list(names)
+    steps = config.rounds[0] * 3 * learning
+    round_s = len(config.step_sizes) * (steps + judging) * forward_s / 2
+    return list(names[: max(2, int(config.budget_s / 2 / max(round_s, 1e-9)))])
+
+
+def _spent(started_s: float, config: TrialConfig) -> bool:
+    return config.budget_s is not None and time.perf_counter() - started_s > config.budget_s
+
+
+def _next_entrants(
+    trials: dict[str, _Trial],
+    entrants: Sequence[str],
+    done: int,
+    config: TrialConfig,
+    favored: Collection[str],
+    left_s: float,
+) -> list[str]:
+    """Choose who goes on: favored ones, then the best, as many as the budget has time for."""
+    following = [steps for steps in config.rounds if steps > done]
+    tried = [name for name in entrants if trials[name].steps]
+    if not following or not tried:
+        return []
+    tried.sort(key=lambda name: (name not in favored, trials[name].error))
+    chosen = []
+    for name in tried[: _kept(len(entrants), config)]:
+        left_s -= trials[name].seconds_a_step * (following[0] - done)
+        if left_s < 0:
+            break
+        chosen.append(name)
+    return chosen
 
 
 def error_share_removed(
@@ -135,86 +262,170 @@ def error_share_removed(
     return Interval(value=float(value), low=float(low), high=float(high))
 
 
-class _Trial:
-    """One layer's trial: the first step at every size from one gradient, more steps on demand."""
+class _Run:
+    """A layer under way at one step size."""
 
-    def __init__(
+    def __init__(self, split: Split, config: TrialConfig, size: float) -> None:
+        self.steps = 0
+        self._start = split.parameters
+        first = next(iter(self._start))
+        self._weight = first  # of a weight norm its magnitude, which scales all of it
+        shape = self._start[first].shape
+        axis = 1 if split.layer.kind.startswith("conv_transpose") else 0
+        self._by_channel = [length if at == axis else 1 for at, length in enumerate(shape)]
+        self._bias = next(
+            (n for n, v in self._start.items() if n != first and v.shape == shape[axis : axis + 1]),
+            None,
+        )
+        if config.kind == "channels":
+            zeros = self._start[first].new_zeros(shape[axis])
+            self.leaves = {"factor": zeros} | ({"shift": zeros.clone()} if self._bias else {})
+            unit = 1.0
+        else:
+            self.leaves = {name: value.clone() for name, value in self._start.items()}
+            unit = _root_mean_square(self._start[first])
+        self._channels = config.kind == "channels"
+        self._optimizer = torch.optim.Adam(self.leaves.values(), lr=size * unit)
+
+    def parameters(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the layer's parameters, differentiable in what the trial may change."""
+        if not self._channels:
+            return dict(leaves)
+        factor = 1 + leaves["factor"]
+        found = dict(self._start)
+        found[self._weight] = found[self._weight] * factor.view(self._by_channel)
+        if self._bias:
+            unit = _root_mean_square(self._start[self._bias], self._start[self._weight])
+            found[self._bias] = found[self._bias] * factor + unit * leaves["shift"]
+        return found
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Take one Adam step."""
+        for value, gradient in zip(self.leaves.values(), gradients, strict=True):
+            value.grad = gradient
+        self._optimizer.step()
+        self.steps += 1
+
+
+def _root_mean_square(*tensors: Tensor) -> float:
+    """Of the first tensor that is not zero; 1 where all are."""
+    sizes = (float(values.square().mean().sqrt()) for values in tensors)
+    return next((size for size in sizes if size), 1.0)
+
+
+class _Trial:
+    """One layer's trial, which goes on where its last round ended.
+
+    Attributes:
+        steps: Steps taken so far.
+        error: Summed cross entropy of the held-out images after them; infinite before any.
+        seconds_a_step: Time of one step of each run, judging included.
+    """
+
+    def __init__(self, split: Split, config: TrialConfig, halves: np.ndarray) -> None:
+        self.steps = 0
+        self.error = math.inf
+        self.seconds_a_step = 0.0
+        self._split, self._config, self._halves = split, config, halves
+        self._runs: dict[float, _Run] = {}
+        self._chosen: tuple[float, float] = (math.nan, math.nan)  # by half
+        self._judged: dict[float, _Judged] = {}
+        self._errors: list[float] = []
+
+    def advance(
         self,
-        split: Split,
+        steps: int,
         crossing: Sequence[Tensor],
         labels: Tensor,
         held_out: Sequence[Tensor],
         held_out_labels: Tensor,
-        config: TrialConfig,
     ) -> None:
-        self.layer = split.layer
-        self.config = config
-        self._split, self._crossing, self._labels = split, crossing, labels
-        self._held_out, self._held_out_labels = held_out, held_out_labels
-        self._start = split.parameters
-        weights = next(iter(self._start.values()))
-        self._scale = float(weights.square().mean().sqrt()) or 1.0
-        self._first_gradients = self._gradients(self._start)
-        self._finished: dict[float, _Judged] = {}
+        """Go on until so many steps have been taken, and judge."""
+        started_s = time.perf_counter()
+        before = self.steps
+        if not self._runs:
+            self._start(crossing, labels)
+        for run in self._runs.values():
+            while run.steps < steps:
+                run.step(self._gradients(run, crossing, labels))
+        self._judged = {
+            size: self._judge(run, held_out, held_out_labels) for size, run in self._runs.items()
+        }
+        self.steps = steps
+        if before == 0:
+            self._choose()
+        self.error = float(self._after().cross_entropies.sum())
+        self._errors.append(self.error)
+        # The first round tries every step size; its seconds are an upper bound for later ones.
+        self.seconds_a_step = (time.perf_counter() - started_s) / (steps - before)
 
-    def first_step(self, size: float) -> _Judged:
-        """Return the held-out images after one step of that size."""
-        parameters, _ = self._stepped_once(size)
-        return self._finish(size, parameters) if self.config.steps == 1 else self._judge(parameters)
+    def repair(self, before: _Judged, seed: int) -> TrialRepair:
+        """Return what the trial has come to."""
+        after = self._after()
+        total = float(before.cross_entropies.sum())
+        broken = float((before.right & ~after.right).sum() / max(int(before.right.sum()), 1))
+        return TrialRepair(
+            layer=self._split.layer,
+            steps=self.steps,
+            gain=error_share_removed(before.cross_entropies, after.cross_entropies, seed=seed),
+            gains=tuple(1 - error / max(total, 1e-12) for error in self._errors),
+            broken=broken,
+            step_size=min(self._chosen),
+            cross_entropies_before=before.cross_entropies,
+            cross_entropies_after=after.cross_entropies,
+        )
 
-    def last_step(self, size: float) -> _Judged:
-        """Return the held-out images after all steps of that size."""
-        if size not in self._finished:
-            parameters, optimizer = self._stepped_once(size)
-            for _ in range(self.config.steps - 1):
-                self._step(optimizer, parameters, self._gradients(parameters))
-            self._finish(size, parameters)
-        return self._finished[size]
+    def _start(self, crossing: Sequence[Tensor], labels: Tensor) -> None:
+        """Take the first step at every size, from one gradient."""
+        for size in self._config.step_sizes:
+            self._runs[size] = _Run(self._split, self._config, size)
+        gradients = self._gradients(next(iter(self._runs.values())), crossing, labels)
+        for run in self._runs.values():
+            run.step(gradients)
 
-    def _finish(self, size: float, parameters: dict[str, Tensor]) -> _Judged:
-        self._finished[size] = self._judge(parameters)
-        return self._finished[size]
+    def _choose(self) -> None:
+        """Let each half of the held-out images be judged at the size that the other half chose."""
+        best = []
+        for half in (0, 1):
+            choosers = self._halves != half
+            if not choosers.any():  # a single held-out image chooses for itself
+                choosers = ~choosers
+            errors = {s: float(j.cross_entropies[choosers].sum()) for s, j in self._judged.items()}
+            best.append(min(errors, key=lambda size: errors[size]))
+        self._chosen = (best[0], best[1])
+        self._runs = {size: run for size, run in self._runs.items() if size in best}
 
-    def _stepped_once(self, size: float) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-        parameters = {name: value.clone() for name, value in self._start.items()}
-        optimizer = torch.optim.Adam(parameters.values(), lr=size * self._scale)
-        self._step(optimizer, parameters, self._first_gradients)
-        return parameters, optimizer
+    def _after(self) -> _Judged:
+        first, second = (self._judged[size] for size in self._chosen)
+        in_first = self._halves == 0
+        return _Judged(
+            np.where(in_first, first.cross_entropies, second.cross_entropies),
+            np.where(in_first, first.right, second.right),
+        )
 
-    def _step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: dict[str, Tensor],
-        gradients: Sequence[Tensor],
-    ) -> None:
-        for value, gradient in zip(parameters.values(), gradients, strict=True):
-            value.grad = gradient
-        optimizer.step()
-
-    def _gradients(self, parameters: dict[str, Tensor]) -> list[Tensor]:
+    def _gradients(self, run: _Run, crossing: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
         """Return the gradient of the mean cross entropy of all trial images."""
-        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        leaves = {name: value.detach().requires_grad_() for name, value in run.leaves.items()}
         sums = [torch.zeros_like(value) for value in leaves.values()]
-        for part in _parts(len(self._labels), self.config.batch_size):
-            logits = self._split.suffix([tensor[part] for tensor in self._crossing], leaves)
-            loss = F.cross_entropy(logits, self._labels[part], reduction="sum")
+        for part in _parts(len(labels), self._config.batch_size):
+            logits = self._split.suffix([t[part] for t in crossing], run.parameters(leaves))
+            loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(labels)
             for total, gradient in zip(
-                sums,
-                torch.autograd.grad(loss / len(self._labels), list(leaves.values())),
-                strict=True,
+                sums, torch.autograd.grad(loss, list(leaves.values())), strict=True
             ):
                 total += gradient
         return sums
 
-    def _judge(self, parameters: dict[str, Tensor]) -> _Judged:
+    def _judge(self, run: _Run, held_out: Sequence[Tensor], labels: Tensor) -> _Judged:
         with torch.no_grad():
+            parameters = run.parameters(run.leaves)
             logits = torch.cat(
                 [
-                    self._split.suffix([tensor[part] for tensor in self._held_out], parameters)
-                    for part in _parts(len(self._held_out_labels), self.config.batch_size)
+                    self._split.suffix([tensor[part] for tensor in held_out], parameters)
+                    for part in _parts(len(labels), self._config.batch_size)
                 ]
             )
-        return _judge_logits(logits, self._held_out_labels)
+        return _judge_logits(logits, labels)
 
 
 def _parts(images: int, batch_size: int) -> list[slice]:
@@ -227,30 +438,3 @@ def _judge_logits(logits: Tensor, labels: Tensor) -> _Judged:
     right = (logits.argmax(dim=1) == labels) & cross_entropies.isfinite()
     cross_entropies = cross_entropies.nan_to_num(nan=1e3, posinf=1e3).clamp(max=1e3)
     return _Judged(cross_entropies.cpu().numpy(), right.cpu().numpy())
-
-
-def _assess(trial: _Trial, before: _Judged, halves: np.ndarray, seed: int) -> TrialRepair:
-    """Judge each half of the held-out images by the step size that the other half chose."""
-    first = {size: trial.first_step(size) for size in trial.config.step_sizes}
-    after_first, after_last, right = (np.empty(len(halves)) for _ in range(3))
-    chosen: list[float] = []
-    for half in (0, 1):
-        choosers, judges = halves != half, halves == half
-        if not choosers.any():  # a single held-out image chooses for itself
-            choosers = judges
-        best = min(first, key=lambda size: float(first[size].cross_entropies[choosers].sum()))
-        last = trial.last_step(best)
-        chosen.append(best)
-        after_first[judges] = first[best].cross_entropies[judges]
-        after_last[judges] = last.cross_entropies[judges]
-        right[judges] = last.right[judges]
-    broken = float((before.right & (right == 0)).sum() / max(int(before.right.sum()), 1))
-    return TrialRepair(
-        layer=trial.layer,
-        gain=error_share_removed(before.cross_entropies, after_last, seed=seed),
-        gain_one_step=error_share_removed(before.cross_entropies, after_first, seed=seed),
-        broken=broken,
-        step_size=min(chosen),
-        cross_entropies_before=before.cross_entropies,
-        cross_entropies_after=after_last,
-    )

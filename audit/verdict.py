@@ -1,10 +1,9 @@
-"""The verdict: what the trial repairs add up to, with its reasons in sentences.
+"""The verdict: what evidence and trial repairs add up to, with its reasons in sentences.
 
-``none``: no trial removes more than trials do on networks without a fault. ``localized``: the
-outputs of one layer leave what its batch norm remembers while nothing that feeds it does (the onset
-of drift, `audit.drift`), or its trial removes clearly more held-out error than any other's.
-``spread``: several layers do about equally well, as often with shortcuts, which any later layer can
-undo.
+``none``: no trial removes more than trials do on networks without a fault. ``localized``: one layer
+has almost all of the blame (`audit.blame`), or has most of it and is where drift sets in
+(`audit.drift`). ``spread``: several layers share it, as often with shortcuts, which any later layer
+can undo; those are named that have nine tenths of it together, most blamed first.
 """
 
 from __future__ import annotations
@@ -14,30 +13,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
+from audit.blame import shares_of_blame, suspects
 from audit.evidence import LayerEvidence
 from audit.statistics import Interval
-from audit.trials import TrialRepair
+from audit.trials import TrialRepair, ranking
 
 __all__ = [
     "FLAG_THRESHOLD",
     "ONSET_THRESHOLD",
-    "TIE_MARGIN",
     "Verdict",
     "drift_origin",
     "judge",
-    "ranking",
 ]
 
 FLAG_THRESHOLD = 0.10
-"""Share of the held-out error that the best trial must remove, with the lower end of its interval,
-before anything is flagged. Trials on healthy networks stay below it (ARCHITECTURE.md)."""
+"""Share of the held-out error that the best trial must remove before anything is flagged: with the
+lower end of its interval, or with its value where drift or silent channels say that the network
+was changed. Trials on healthy networks stay below it (ARCHITECTURE.md)."""
 
-TIE_MARGIN = 0.05
-"""Layers whose trials remove within this share of the held-out error of the best one are tied."""
+SILENT_THRESHOLD = 0.1
+"""Share of a layer's channels that must be silent to say that the layer was changed."""
 
 MINIMUM_ERRORS = 5
+
+BLAME_LEVEL = 0.9
+"""The layers that a verdict names have this much of the blame together (`audit.blame`)."""
 
 ONSET_THRESHOLD = 1.25
 """Onset of drift, a logarithm, from which a layer is where drift sets in: 3.5-fold. Layers
@@ -52,8 +52,7 @@ class Verdict:
     Attributes:
         verdict: The conclusion.
         layers: The layers at fault, best first; empty for ``none``.
-        confidence: Share of bootstrap draws of the images in which the best trial stays the best;
-            None for ``none``, and where drift named the layer.
+        confidence: The share of blame of the first layer; None for ``none``.
         reasons: Plain sentences.
         numbers: What stands behind each reason.
     """
@@ -74,11 +73,6 @@ class Verdict:
         }
 
 
-def ranking(trials: Sequence[TrialRepair]) -> list[TrialRepair]:
-    """Return the trials by the share of held-out error that they remove, most first."""
-    return sorted(trials, key=lambda trial: trial.gain.value, reverse=True)
-
-
 def drift_origin(evidence: Sequence[LayerEvidence]) -> LayerEvidence | None:
     """Return the layer where drift sets in most, None where it sets in nowhere.
 
@@ -91,29 +85,27 @@ def drift_origin(evidence: Sequence[LayerEvidence]) -> LayerEvidence | None:
 
 def judge(
     trials: Sequence[TrialRepair],
-    evidence: Sequence[LayerEvidence] = (),
+    evidence: Sequence[LayerEvidence],
+    channel_trials: Sequence[TrialRepair] = (),
     *,
-    steps: int,
     wrong: int,
     images: int,
-    seed: int,
 ) -> Verdict:
-    """Return the verdict on the trial repairs of all layers and where drift sets in.
+    """Return the verdict on the trial repairs of all layers and the evidence beside them.
 
     Args:
-        evidence: Scores of the layers; without any the trials decide alone.
-        steps: Steps that each trial took.
+        trials: Of the weights of every layer that was reached.
+        evidence: Scores of every layer.
+        channel_trials: Trials of their channels, where no batch norm remembers the training.
         wrong: Held-out images that the network gets wrong.
         images: Held-out images that judged the trials.
-        seed: Of the bootstrap over images.
     """
     numbers: dict[str, Any] = {
         "held_out_images": images,
         "held_out_wrong": wrong,
         "layers_tried": len(trials),
-        "trial_steps": steps,
+        "trial_steps": max((trial.steps for trial in trials), default=0),
         "flag_threshold": FLAG_THRESHOLD,
-        "tie_margin": TIE_MARGIN,
     }
     if not trials or wrong < MINIMUM_ERRORS:
         reason = (
@@ -132,54 +124,57 @@ def judge(
     ranked = ranking(trials)
     best = ranked[0]
     numbers["best"] = {"layer": best.layer.name, **best.gain.as_dict()}
-    if best.gain.low <= FLAG_THRESHOLD:
+    changed = origin is not None or any(one.silent_channels >= SILENT_THRESHOLD for one in evidence)
+    if (best.gain.value if changed else best.gain.low) <= FLAG_THRESHOLD:
         reason = (
             f"No layer's trial repair clearly removes more than {FLAG_THRESHOLD:.0%} of the "
             f"held-out error; the best, `{best.layer.name}`, removes {_percent(best.gain)}."
         )
         remark = (_drift_reason(origin),) if origin is not None else ()
         return _none((reason, *remark), numbers)
-    if origin is not None:
-        return Verdict(
-            verdict="localized",
-            layers=(origin.layer.name,),
-            confidence=None,
-            reasons=(_drift_reason(origin), *_trial_reasons(ranked, origin, steps)),
-            numbers=numbers,
-        )
-    leads = _leads(ranked, seed)
-    tied = [best, *(trial for trial, lead in leads if lead.low <= 0 or lead.value < TIE_MARGIN)]
-    tied_names = tuple(trial.layer.name for trial in ranked if trial in tied)
-    confidence = _share_first(ranked, seed)
-    numbers["tied"] = [
-        {"layer": trial.layer.name, "gain": trial.gain.as_dict()}
+    return _blame(evidence, ranked, channel_trials, origin, numbers)
+
+
+def _blame(
+    evidence: Sequence[LayerEvidence],
+    ranked: Sequence[TrialRepair],
+    channel_trials: Sequence[TrialRepair],
+    origin: LayerEvidence | None,
+    numbers: dict[str, Any],
+) -> Verdict:
+    """Return the layers that share most of the blame."""
+    shares = shares_of_blame(evidence, ranked, channel_trials)
+    layers = suspects(shares, BLAME_LEVEL)
+    first = layers[0]
+    is_origin = origin is not None and origin.layer.name == first
+    localized = len(layers) == 1 or is_origin
+    if localized:
+        layers = layers[:1]
+    numbers["blame_level"] = BLAME_LEVEL
+    numbers["blame"] = [{"layer": name, "share": shares[name]} for name in layers]
+    reasons = [_drift_reason(origin)] if origin is not None and is_origin else []
+    reasons += _channel_reasons(first, channel_trials)
+    reasons += _trial_reasons(ranked, first)
+    reasons += [
+        f"That repair turns {trial.broken:.1%} of the held-out images that were right wrong."
         for trial in ranked
-        if trial.layer.name in tied_names
+        if trial.layer.name == first and trial.broken > 0
     ]
-    numbers["leads"] = [{"layer": trial.layer.name, **lead.as_dict()} for trial, lead in leads[:5]]
-    reasons = [_first_reason(ranked, steps)]
-    if len(tied) == 1:
+    if localized:
         reasons.append(
-            f"Its lead over every other layer is at least {leads[0][1].value:.0%} of the held-out "
-            "error, and above zero with 95 % confidence."
-            if leads
-            else "No other layer was tried."
+            f"It has {shares[first]:.0%} of the blame: so often was such a layer at fault among "
+            "planted faults."
         )
     else:
         reasons.append(
-            f"{len(tied)} of {len(trials)} layers do about as well (within {TIE_MARGIN:.0%} of the "
-            "held-out error, or not told apart by these images): the fault can be repaired in any "
-            "of them, and these images do not say where it came from."
+            f"{len(layers)} of {len(evidence)} layers share {BLAME_LEVEL:.0%} of the blame, "
+            f"`{first}` has {shares[first]:.0%} of it: these images do not say in which of them "
+            "the fault lies."
         )
-    if best.broken > 0:
-        reasons.append(
-            f"The trial turns {best.broken:.1%} of the held-out images that were right wrong."
-        )
-    reasons.append(f"In {confidence:.0%} of redrawn sets of images the same layer comes first.")
     return Verdict(
-        verdict="localized" if len(tied) == 1 else "spread",
-        layers=tied_names,
-        confidence=confidence,
+        verdict="localized" if localized else "spread",
+        layers=layers,
+        confidence=shares[first],
         reasons=tuple(reasons),
         numbers=numbers,
     )
@@ -198,31 +193,34 @@ def _drift_reason(origin: LayerEvidence) -> str:
     )
 
 
-def _trial_reasons(
-    ranked: Sequence[TrialRepair], origin: LayerEvidence, steps: int
-) -> tuple[str, ...]:
+def _channel_reasons(layer: str, channel_trials: Sequence[TrialRepair]) -> list[str]:
+    """Say what scaling and shifting its channels does, and where that ranks."""
+    order = sorted(channel_trials, key=lambda trial: trial.gain.value, reverse=True)
+    return [
+        f"Scaling and shifting the channels of `{layer}` alone removes {_percent(trial.gain)} of "
+        f"the held-out error, {rank}. of {len(order)} layers."
+        for rank, trial in enumerate(order, start=1)
+        if trial.layer.name == layer
+    ]
+
+
+def _trial_reasons(ranked: Sequence[TrialRepair], layer: str) -> list[str]:
     """Say what a short repair of the layer does, and of the layer where it does most."""
     best = ranked[0]
-    own = [trial for trial in ranked if trial.layer.name == origin.layer.name]
+    if best.layer.name == layer:
+        return [_first_reason(ranked)]
     reasons = [
-        f"Retraining `{trial.layer.name}` alone for {steps} steps removes {_percent(trial.gain)} "
-        "of the held-out error."
-        for trial in own
+        f"{_removes(trial)} of the held-out error." for trial in ranked if trial.layer.name == layer
     ]
-    if best not in own:
-        reasons.append(
-            f"A short repair does most in `{best.layer.name}`, {_percent(best.gain)}: another "
-            "layer can often undo what the one at fault does."
-        )
-    return tuple(reasons)
-
-
-def _first_reason(ranked: Sequence[TrialRepair], steps: int) -> str:
-    best = ranked[0]
-    sentence = (
-        f"Retraining `{best.layer.name}` alone for {steps} steps removes {_percent(best.gain)} "
-        "of the held-out error"
+    reasons.append(
+        f"A short repair does most in `{best.layer.name}`, {_percent(best.gain)}: another "
+        "layer can often undo what the one at fault does."
     )
+    return reasons
+
+
+def _first_reason(ranked: Sequence[TrialRepair]) -> str:
+    sentence = _removes(ranked[0]) + " of the held-out error"
     if len(ranked) > 1:
         sentence += (
             f"; the next layer, `{ranked[1].layer.name}`, removes {_percent(ranked[1].gain)}"
@@ -230,32 +228,13 @@ def _first_reason(ranked: Sequence[TrialRepair], steps: int) -> str:
     return sentence + "."
 
 
+def _removes(trial: TrialRepair) -> str:
+    return (
+        f"Retraining `{trial.layer.name}` alone for {trial.steps} steps removes "
+        f"{_percent(trial.gain)}"
+    )
+
+
 def _percent(interval: Interval) -> str:
     value, low, high = (100 * x for x in (interval.value, interval.low, interval.high))
     return f"{value:z.0f} % [{low:z.0f}, {high:z.0f}]"  # z: never minus zero
-
-
-def _leads(ranked: Sequence[TrialRepair], seed: int) -> list[tuple[TrialRepair, Interval]]:
-    """How much more of the error the best trial removes than each other one, paired by image."""
-    best = ranked[0]
-    total = max(float(best.cross_entropies_before.sum()), 1e-12)
-    drawn = _draws(best, seed)
-    leads = []
-    for trial in ranked[1:]:
-        difference = trial.cross_entropies_after - best.cross_entropies_after
-        low, high = np.percentile(difference[drawn].sum(axis=1) / total, [2.5, 97.5])
-        value = float(difference.sum()) / total
-        leads.append((trial, Interval(value=value, low=float(low), high=float(high))))
-    return leads
-
-
-def _share_first(ranked: Sequence[TrialRepair], seed: int) -> float:
-    after = np.stack([trial.cross_entropies_after for trial in ranked])  # (layers, images)
-    drawn = _draws(ranked[0], seed)
-    counts = np.stack([np.bincount(draw, minlength=after.shape[1]) for draw in drawn])
-    return float((np.argmin(counts @ after.T, axis=1) == 0).mean())
-
-
-def _draws(trial: TrialRepair, seed: int, resamples: int = 2000) -> np.ndarray:
-    images = len(trial.cross_entropies_before)
-    return np.random.default_rng(seed).integers(0, images, size=(resamples, images))

@@ -1,16 +1,19 @@
-"""Which layer is at fault? Cheap scores and the onset of drift, against planted faults.
+"""Which layer is at fault? Every score, and the verdict of `audit scan`, on planted faults.
 
-Faults of seven kinds (`faults.py`) are planted in layers drawn at random; the evidence pass of
-`audit scan` looks at photographs that neither training nor planting used, and every score ranks the
-layers. Ranks count ties against the score. A layer without batch norm has no drift: it ranks last.
-Trial repairs take no part here; they decide whether a scan flags anything at all, and alone where a
-network has no batch norm. Healthy networks, and faults too small to count, stand in rows of their
-own: how often the onset would name a layer of theirs.
+Faults of seven kinds (`faults.py`) are planted in layers drawn at random. Photographs that neither
+training nor planting used are then scanned as `audit scan` does: evidence, trials, blame, verdict.
+Every score ranks the layers; ties count against the score, and a layer without a score ranks last.
+Healthy networks, and faults too small to count, stand in rows of their own: how often they are
+called faulty. Full repairs of every layer (`full_repairs.py`) say what a wrong choice costs.
 
-Rows are kept as they come in WORK/rows.jsonl, and a run goes on where the last one stopped. The
-threshold and the floor of the onset were set on the seeds TUNED_ON; none of those is reported.
+Rows are kept as they come in WORK/rows.jsonl, and a run goes on where the last one stopped. What
+the product holds fixed was chosen on the seeds of TUNING alone, with `--tuning`, which keeps its
+rows in WORK/tuning.jsonl; `fit` prints the weights of the blame that those rows give.
 
-    LAYERMEND_DATA=... python benchmarks/localize.py plant efficientnet resnet --faults 24
+    LAYERMEND_DATA=... python benchmarks/localize.py plant efficientnet resnet vgg --faults 28
+    LAYERMEND_DATA=... python benchmarks/localize.py healthy efficientnet resnet vgg --draws 10
+    LAYERMEND_DATA=... python benchmarks/localize.py repair resnet vgg --faults 12
+    LAYERMEND_DATA=... python benchmarks/localize.py speed efficientnet resnet vgg
     LAYERMEND_DATA=... python benchmarks/localize.py report
 """
 
@@ -21,132 +24,316 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import faults
+import full_repairs
+import localize_report
 import numpy as np
+import safetensors.torch
 import torch
-from results_file import configuration, print_table, write_results
 
+from audit.blame import (
+    _by_channels,
+    _by_trial,
+    _lead,
+    _onset,
+    _silent,
+    has_memory,
+    promising,
+    shares_of_blame,
+)
 from audit.evidence import LayerEvidence, gather_evidence
 from audit.networks.program import Program
-from audit.verdict import ONSET_THRESHOLD, drift_origin
+from audit.trials import CHANNEL_TRIAL, TrialConfig, TrialRepair, ranking, trial_repairs
+from audit.verdict import drift_origin, judge
 
-TUNED_ON = (5, 100)
-SEEDS = {"plant": 200, "healthy": 300}
-SCANNED = 256
+TUNING = {"plant": 100, "healthy": 400}
+SEEDS = {"plant": 500, "healthy": 600}
+SCANNED, LEARNING = 256, 64
 TRIES = 3
-PUBLISHED = ("gradient_norm", "auto_rgn", "auto_snr")
-SCORES = ("random", "last_conv", "deepest_first", *PUBLISHED, "bn_drift", "bn_drift_onset")
+TRIAL = TrialConfig()
+BUDGETS_S = {"efficientnet": 75.0}  # on one core; the small networks need none
+ONE_STEP = TrialConfig(rounds=(1,))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("action", choices=["plant", "healthy", "report"])
+    actions = {"plant": _plant, "healthy": _healthy, "repair": _repair, "speed": _speed}
+    parser.add_argument("action", choices=[*actions, "fit", "report"])
     parser.add_argument("scenes", nargs="*", metavar="NETWORK", default=[])
     parser.add_argument("--work", type=Path, default=Path("local/localize"))
-    parser.add_argument("--faults", type=int, default=24, help="planted in each network")
+    parser.add_argument("--faults", type=int, default=28, help="planted in each network")
     parser.add_argument("--draws", type=int, default=10, help="healthy draws of each network")
+    parser.add_argument("--tuning", action="store_true", help="on the seeds for tuning")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = options.work / "rows.jsonl"
+    options.rows = options.work / ("tuning.jsonl" if options.tuning else "rows.jsonl")
+    options.seeds = TUNING if options.tuning else SEEDS
     for name in options.scenes:
-        if options.action == "plant":
-            _plant(name, options.work, rows, options.faults)
-        else:
-            _healthy(name, options.work, rows, options.draws)
+        actions[options.action](name, options)
+    if options.action == "fit":
+        localize_report.fit(_read(options.rows))
     if options.action == "report":
-        _report(_read(rows))
+        localize_report.report(
+            _read(options.rows),
+            seeds=SEEDS,
+            tuned_on=TUNING,
+            scanned=SCANNED,
+            learning=LEARNING,
+            efficientnet_size=faults.EFFICIENTNET_SIZE,
+        )
 
 
-def _plant(name: str, work: Path, rows: Path, count: int) -> None:
-    done = {row["id"] for row in _read(rows)}
-    where = faults.scene(name, work)
+def _plant(name: str, options: argparse.Namespace) -> None:
+    done = {row["id"]: row for row in _read(options.rows)}
+    where = faults.scene(name, options.work)
     layers = [layer.name for layer in where.program.layers]
-    for at in range(count):
+    for at in range(options.faults):
         kind = faults.KINDS[at % len(faults.KINDS)]
-        seed = SEEDS["plant"] + at
+        seed = options.seeds["plant"] + at
         draw = np.random.default_rng([seed, faults.SCENES.index(name)]).permutation(layers)
         for tried, layer in enumerate(draw[:TRIES]):
             identity = f"{name}-{kind}-{seed}-{tried}"
             if identity not in done:
                 started = time.perf_counter()
                 fault = faults.plant(where, str(layer), kind, seed=seed)
-                planted_s = time.perf_counter() - started
-                row = _row(where.program.with_state(fault.state), where, kind, seed, fault)
-                _append(rows, {"id": identity, **row, "planted_s": round(planted_s, 1)})
-            if _find(rows, identity)["took"]:
+                planted_s = round(time.perf_counter() - started, 1)
+                if fault.took:
+                    _keep(options.work, identity, fault.state)
+                done[identity] = {
+                    "id": identity,
+                    "planted_s": planted_s,
+                    **_described(where, kind, seed, fault),
+                    **_scanned(where.program.with_state(fault.state), where, kind, seed, fault),
+                }
+                _append(options.rows, done[identity])
+            if done[identity]["took"]:
                 break
 
 
-def _healthy(name: str, work: Path, rows: Path, draws: int) -> None:
+def _healthy(name: str, options: argparse.Namespace) -> None:
     """The network as it is, on other photographs each time, in turn with no mark and with one."""
-    done = {row["id"] for row in _read(rows)}
+    done = {row["id"] for row in _read(options.rows)}
     training_seeds = (0,) if name == "efficientnet" else (0, 1)
     for training_seed in training_seeds:
-        where = faults.scene(name, work, training_seed=training_seed)
-        for at in range(draws):
-            seed, kind = SEEDS["healthy"] + at, ("none", "watermark", "border")[at % 3]
+        where = faults.scene(name, options.work, training_seed=training_seed)
+        for at in range(options.draws):
+            seed, kind = options.seeds["healthy"] + at, ("none", "watermark", "border")[at % 3]
             identity = f"{name}-healthy-{kind}-{training_seed}-{seed}"
             if identity not in done:
-                row = _row(where.program, where, kind, seed, None)
-                _append(rows, {"id": identity, **row, "training_seed": training_seed})
+                row = {"id": identity, "network": name, "kind": kind, "seed": seed}
+                row |= {"took": False, "planted": None, "training_seed": training_seed}
+                _append(options.rows, row | _scanned(where.program, where, kind, seed, None))
 
 
-def _row(
-    program: Program, where: faults.Scene, kind: str, seed: int, fault: faults.Fault | None
-) -> dict[str, Any]:
-    pool = faults.presented(where.scanned, kind, seed=seed)
-    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(pool.labels))[:SCANNED])
-    scanned = pool.rows(chosen)
-    started = time.perf_counter()
-    batches = zip(scanned.images.split(32), scanned.labels.split(32), strict=True)
-    evidence = gather_evidence(program, batches, list(program.layers), seed=seed)
-    origin = drift_origin(evidence)
-    row: dict[str, Any] = {
+def _repair(name: str, options: argparse.Namespace) -> None:
+    """Repair every layer in full, of the first faults that took of every kind."""
+    rows = [row for row in _read(options.rows) if row["network"] == name and row["took"]]
+    kept = options.rows.with_name("repairs.jsonl")
+    done = {row["id"] for row in _read(kept)}
+    where = faults.scene(name, options.work)
+    for row in sorted(rows, key=lambda row: row["seed"])[: options.faults]:
+        if row["id"] not in done:
+            state = safetensors.torch.load_file(_path(options.work, row["id"]))
+            started = time.perf_counter()
+            right = full_repairs.accuracies(
+                where.program.with_state(state), where, row["kind"], seed=row["seed"]
+            )
+            spent = round(time.perf_counter() - started, 1)
+            found = {"id": row["id"], "network": name, "accuracies": right, "repairs_s": spent}
+            _append(kept, found)
+
+
+def _speed(name: str, options: argparse.Namespace) -> None:
+    """Time the trials against the same ones made naively, on the first faults that took."""
+    rows = [row for row in _read(options.rows) if row["network"] == name and row["took"]]
+    kept = options.rows.with_name("speed.jsonl")
+    done = {row["id"] for row in _read(kept)}
+    where = faults.scene(name, options.work)
+    for row in sorted(rows, key=lambda row: row["seed"])[: options.faults]:
+        if row["id"] in done:
+            continue
+        program = where.program.with_state(
+            safetensors.torch.load_file(_path(options.work, row["id"]))
+        )
+        given = _trial_images(program, where, row["kind"], row["seed"])
+        started = time.perf_counter()
+        own = trial_repairs(program, *given, program.layers, TRIAL, seed=row["seed"])
+        own_s = time.perf_counter() - started
+        started = time.perf_counter()
+        naive = full_repairs.naive_trials(program, *given, TRIAL, seed=row["seed"])
+        naive_s = time.perf_counter() - started
+        same = ranking(own)[0].layer.name == max(naive, key=lambda name: naive[name])
+        found = {"id": row["id"], "network": name, "layers": len(naive), "same_choice": same}
+        _append(kept, found | {"ours_s": round(own_s, 2), "naive_s": round(naive_s, 2)})
+
+
+# ----------------------------------------------------------------------------------- one row
+
+
+def _described(where: faults.Scene, kind: str, seed: int, fault: faults.Fault) -> dict[str, Any]:
+    names = [layer.name for layer in where.program.layers]
+    at = names.index(fault.layer)
+    return {
         "network": where.name,
         "kind": kind,
         "seed": seed,
-        "evidence_s": round(time.perf_counter() - started, 2),
-        "named": origin.layer.name if origin else None,
-        "highest_onset": _highest(evidence),
-    }
-    if fault is None:
-        return {**row, "took": False, "planted": None}
-    scores = _scores(evidence, seed)
-    at = next(i for i, one in enumerate(evidence) if one.layer.name == fault.layer)
-    ranks = {score: _rank(values, at) for score, values in scores.items()}
-    return {
-        **row,
         "planted": fault.layer,
-        "depth": round(at / max(len(evidence) - 1, 1), 3),
-        "layers": len(evidence),
+        "depth": round(at / max(len(names) - 1, 1), 3),
         "severity": fault.severity,
         "took": fault.took,
+        "harmless": fault.healthy_accuracy - fault.faulty_accuracy < faults.MINIMUM_COST,
         "healthy_accuracy": fault.healthy_accuracy,
         "faulty_accuracy": fault.faulty_accuracy,
         "clean_accuracy": fault.clean_accuracy,
         "marked_accuracy": None if math.isnan(fault.marked_accuracy) else fault.marked_accuracy,
-        "onset": _number(evidence[at].drift_onset),
-        **{f"rank_{score}": rank for score, rank in ranks.items()},
     }
 
 
-def _scores(evidence: Sequence[LayerEvidence], seed: int) -> dict[str, list[float]]:
-    convolutions = [i for i, one in enumerate(evidence) if one.layer.has_maps]
+def _drawn(where: faults.Scene, kind: str, seed: int) -> faults.Pool:
+    pool = faults.presented(where.scanned, kind, seed=seed)
+    order = np.random.default_rng(seed).permutation(len(pool.labels))[:SCANNED]
+    return pool.rows(torch.from_numpy(order))
+
+
+def _trial_images(
+    program: Program, where: faults.Scene, kind: str, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return learning images with labels and held-out ones, wrong ones shared as a scan does."""
+    scanned = _drawn(where, kind, seed)
+    with torch.no_grad():
+        said = torch.cat([program.logits(part).argmax(dim=1) for part in scanned.images.split(64)])
+    order = np.random.default_rng(seed).permutation(SCANNED)
+    right = (said == scanned.labels).numpy()[order]
+    wrong_ones, right_ones = order[~right], order[right]
+    share = min(LEARNING // 2, len(wrong_ones) // 3)
+    learning = np.concatenate([wrong_ones[:share], right_ones[: LEARNING - share]])
+    judging = np.setdiff1d(order, learning)
+    one, other = (scanned.rows(torch.from_numpy(rows)) for rows in (learning, judging))
+    return one.images, one.labels, other.images, other.labels
+
+
+def _scanned(
+    program: Program, where: faults.Scene, kind: str, seed: int, fault: faults.Fault | None
+) -> dict[str, Any]:
+    """Return what a scan finds; of a fault that took, every score's rank of its layer too."""
+    scanned = _drawn(where, kind, seed)
+    started = time.perf_counter()
+    batches = zip(scanned.images.split(32), scanned.labels.split(32), strict=True)
+    evidence = gather_evidence(program, batches, list(program.layers), seed=seed)
+    evidence_s = time.perf_counter() - started
+    given = _trial_images(program, where, kind, seed)
+    origin = drift_origin(evidence)
+    favored = () if origin is None else (origin.layer.name,)
+    started = time.perf_counter()
+    trials = trial_repairs(
+        program,
+        *given,
+        program.layers,
+        replace(TRIAL, budget_s=BUDGETS_S.get(where.name)),
+        seed=seed,
+        promising=promising(evidence),
+        favored=favored,
+    )
+    channels: list[TrialRepair] = []
+    if not has_memory(evidence):
+        channels = trial_repairs(program, *given, program.layers, CHANNEL_TRIAL, seed=seed)
+    trials_s = time.perf_counter() - started
+    with torch.no_grad():
+        said = torch.cat([program.logits(part).argmax(dim=1) for part in given[2].split(64)])
+    verdict = judge(
+        trials, evidence, channels, wrong=int((said != given[3]).sum()), images=len(given[3])
+    )
+    shares = shares_of_blame(evidence, trials, channels)
+    best = ranking(trials)[0].gain
+    row: dict[str, Any] = {
+        "layers": len(evidence),
+        "tried": len(trials),
+        "evidence_s": round(evidence_s, 2),
+        "trials_s": round(trials_s, 2),
+        "verdict": verdict.verdict,
+        "named": list(verdict.layers),
+        "confidence": verdict.confidence,
+        "wrong": verdict.numbers["held_out_wrong"],
+        "best_gain": [round(value, 4) for value in (best.value, best.low, best.high)],
+        "highest_onset": _highest(evidence),
+        "most_silent": round(max(one.silent_channels for one in evidence), 3),
+        "first_blamed": max(shares, key=lambda name: shares[name]),
+        "first_by_trial": ranking(trials)[0].layer.name,
+    }
+    if fault is None or not fault.took:
+        return row
+    names = [one.layer.name for one in evidence]
+    at = names.index(fault.layer)
+    scores = _scores(evidence, trials, channels, shares, seed)
+    if where.name not in BUDGETS_S:
+        first = trial_repairs(program, *given, program.layers, ONE_STEP, seed=seed)
+        scores["one_step_trial"] = [trial.gain.value for trial in first]
+    features = {
+        "memory": has_memory(evidence),
+        "onset": [round(_onset(one), 4) for one in evidence],
+        "trial": [round(x, 4) for x in _by_trial(names, trials)],
+        "silent": [round(_silent(one), 4) for one in evidence],
+        "channels": [round(x, 4) for x in _by_channels(names, channels)],
+        "lead": [round(x, 4) for x in _lead(names, trials)],
+    }
     return {
+        **row,
+        "at": at,
+        "share": round(shares[fault.layer], 4),
+        "covered": fault.layer in verdict.layers,
+        "features": features,
+        **{f"rank_{score}": _rank(values, at) for score, values in scores.items()},
+    }
+
+
+def _scores(
+    evidence: Sequence[LayerEvidence],
+    trials: Sequence[TrialRepair],
+    channels: Sequence[TrialRepair],
+    shares: Mapping[str, float],
+    seed: int,
+) -> dict[str, list[float]]:
+    names = [one.layer.name for one in evidence]
+    convolutions = [i for i, one in enumerate(evidence) if one.layer.has_maps]
+    scores = {
         "random": np.random.default_rng(seed).random(len(evidence)).tolist(),
         "last_conv": [float(i == convolutions[-1]) for i in range(len(evidence))],
         "deepest_first": [float(i) for i in range(len(evidence))],
         "gradient_norm": [one.gradient_norm for one in evidence],
         "auto_rgn": [one.relative_gradient_norm for one in evidence],
         "auto_snr": [one.gradient_snr for one in evidence],
+        "fisher": [_fisher(one) for one in evidence],
         "bn_drift": [one.drift for one in evidence],
-        "bn_drift_onset": [one.drift_onset for one in evidence],
     }
+    inner = [math.nan if one.first_in_line else one.drift_onset for one in evidence]
+    cheap = {
+        **{key: scores[key] for key in ("auto_rgn", "auto_snr")},
+        "agreement": [one.gradient_agreement for one in evidence],
+        "conflict": [one.gradient_conflict for one in evidence],
+        "onset": inner,
+        "silent": [one.silent_channels or math.nan for one in evidence],
+    }
+    scores["cheap_combined"] = [
+        sum(1 / _rank(values, i) for values in cheap.values()) for i in range(len(names))
+    ]
+    scores["onset"] = inner
+    scores["weight_trial"] = _by_trial(names, trials)
+    scores["channel_trial"] = _by_channels(names, channels)
+    scores["ours"] = [shares[name] for name in names]
+    return scores
+
+
+def _fisher(one: LayerEvidence) -> float:
+    """Mean squared norm of an image's gradient: the trace of the empirical Fisher matrix."""
+    signal = one.gradient_norm**2
+    noise = signal / one.gradient_snr if one.gradient_snr > 0 else 0.0
+    return signal + noise * (SCANNED - 1) / SCANNED
 
 
 def _rank(values: Sequence[float], at: int) -> int:
@@ -157,72 +344,21 @@ def _rank(values: Sequence[float], at: int) -> int:
 
 def _highest(evidence: Sequence[LayerEvidence]) -> float | None:
     inner = [one.drift_onset for one in evidence if not one.first_in_line]
-    return _number(max(inner, default=math.nan))
+    highest = max((value for value in inner if not math.isnan(value)), default=math.nan)
+    return None if math.isnan(highest) else round(highest, 4)
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 4)
+# ----------------------------------------------------------------------------------- files
 
 
-# ----------------------------------------------------------------------------------- report
+def _path(work: Path, identity: str) -> Path:
+    return work / "planted" / f"{identity}.safetensors"
 
 
-def _report(rows: Sequence[Mapping[str, Any]]) -> None:
-    counted = [row for row in rows if row["took"]]
-    without = [row for row in rows if not row["took"]]
-    groups = {
-        "weight": [row for row in counted if row["kind"] in faults.WEIGHT_KINDS],
-        "learned": [row for row in counted if row["kind"] in faults.LEARNED_KINDS],
-    }
-    for network in dict.fromkeys(row["network"] for row in counted):
-        for kind in faults.KINDS:
-            chosen = [r for r in counted if (r["network"], r["kind"]) == (network, kind)]
-            if chosen:
-                groups[f"{network}, {kind}"] = chosen
-    table = [
-        {"faults": name, "n": len(chosen), "score": score, **_hits(chosen, score)}
-        for name, chosen in groups.items()
-        if chosen
-        for score in (SCORES if name in ("weight", "learned") else ("auto_snr", "bn_drift_onset"))
-    ]
-    print_table("Rank of the planted layer", table)
-    healthy = [row for row in without if row["planted"] is None]
-    harmless = [row for row in without if row["planted"] is not None]
-    summary: dict[str, float] = {
-        "faults": len(counted),
-        "healthy_draws": len(healthy),
-        "healthy_named": sum(row["named"] is not None for row in healthy),
-        "harmless": len(harmless),
-        "harmless_named": sum(row["named"] is not None for row in harmless),
-        "named_right": sum(row["named"] == row["planted"] for row in counted),
-        "named_wrong": sum(row["named"] not in (None, row["planted"]) for row in counted),
-    }
-    for name in ("weight", "learned"):
-        if groups[name]:
-            best = max(_hits(groups[name], score)["top1"] for score in PUBLISHED)
-            summary |= {f"n_{name}": len(groups[name]), f"best_published_top1_{name}": best}
-            own = _hits(groups[name], "bn_drift_onset")
-            summary |= {f"onset_{key}_{name}": value for key, value in own.items()}
-    print_table("Summary", [summary])
-    config = configuration(
-        "cpu",
-        "timm",
-        seeds=SEEDS,
-        tuned_on=TUNED_ON,
-        scanned=SCANNED,
-        onset_threshold=ONSET_THRESHOLD,
-        efficientnet_size=faults.EFFICIENTNET_SIZE,
-    )
-    print(write_results("localize", summary=summary, config=config, rows=rows))
-
-
-def _hits(rows: Sequence[Mapping[str, Any]], score: str) -> dict[str, float]:
-    ranks = np.array([row[f"rank_{score}"] for row in rows], dtype=float)
-    return {
-        "top1": round(float((ranks == 1).mean()), 3),
-        "top3": round(float((ranks <= 3).mean()), 3),
-        "mrr": round(float((1 / ranks).mean()), 3),
-    }
+def _keep(work: Path, identity: str, state: Mapping[str, torch.Tensor]) -> None:
+    path = _path(work, identity)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file({name: v.contiguous() for name, v in state.items()}, path)
 
 
 def _read(rows: Path) -> list[dict[str, Any]]:
@@ -231,15 +367,21 @@ def _read(rows: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in rows.read_text().splitlines()]
 
 
-def _find(rows: Path, identity: str) -> dict[str, Any]:
-    return next(row for row in _read(rows) if row["id"] == identity)
-
-
 def _append(rows: Path, row: Mapping[str, Any]) -> None:
     rows.parent.mkdir(parents=True, exist_ok=True)
     with rows.open("a") as stream:
         stream.write(json.dumps(row) + "\n")
-    print({key: row.get(key) for key in ("id", "planted", "took", "onset", "named")}, flush=True)
+    told = (
+        "id",
+        "planted",
+        "took",
+        "verdict",
+        "first_blamed",
+        "rank_ours",
+        "trials_s",
+        "repairs_s",
+    )
+    print({key: row[key] for key in told if key in row}, flush=True)
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def _layer_table(generator: np.random.Generator, verdict: str) -> list[dict[str,
                 "trial_gain_low": gain - 0.035,
                 "trial_gain_high": gain + 0.035,
                 "trial_step": 0.01,
-                "trial_gain_one_step": 0.6 * gain,
+                "trial_steps": 4,
                 "trial_broken": abs(generator.normal(0.01, 0.005)),
             }
         )

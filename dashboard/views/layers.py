@@ -26,7 +26,16 @@ EVIDENCE = {
         "below zero it made things worse.",
         True,
     ),
-    "trial_gain_one_step": ("Trial gain, one step", "The same after a single step.", True),
+    "blame": (
+        "Share of blame",
+        "How likely the layer is the one at fault, by evidence and trials together.",
+        True,
+    ),
+    "channel_gain": (
+        "Channel trial gain",
+        "Share of the held-out cross entropy that scaling and shifting its channels removes.",
+        True,
+    ),
     "trial_broken": (
         "Turned wrong by the trial",
         "Share of right held-out images that the trial repair turns wrong.",

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from skimage.transform import resize
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from audit.evidence import LayerEvidence, gather_evidence
+from audit.map_scores import Objects
 from audit.networks.program import Program
 from audit.saliency import layer_maps, normalize_maps
 from tests.audit.example_networks import NETWORKS, SIZE, images, labels, network
@@ -184,6 +186,57 @@ def test_map_scores_equal_loops_over_the_maps_that_people_look_at(
             error = 1 - float(torch.softmax(logits[image], dim=0)[targets[image]])
             penalty += error * (1 - s) + s * (1 - error)  # Eq. 5 and 6, 1 - p_true for CE
         assert scores.penalty == pytest.approx(penalty / 20, rel=1e-9)
+
+
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+def test_scores_against_masks_equal_loops_over_the_enlarged_maps(
+    case: tuple[nn.Module, Program], sizes: list[int]
+) -> None:
+    _, program = case
+    given, targets = images(IMAGES, torch.float64), labels(IMAGES)
+    masks = np.zeros((IMAGES, *SIZE), dtype=np.float32)
+    for image in range(IMAGES):
+        masks[image, image : 9 + image, 4 : 10 + 2 * image] = 1
+    known = [0, 1, 3, 5, 6]  # the others have no mask
+    waiting: list[Objects | None] = []
+    start = 0
+    for size in sizes:
+        rows = [i for i in known if start <= i < start + size]
+        of_batch = Objects(rows=[i - start for i in rows], masks=torch.from_numpy(masks[rows]))
+        waiting.append(of_batch if rows else None)
+        start += size
+    parts = list(zip(given.split(sizes), targets.split(sizes), strict=True))
+    backwards = list(program.layers)[::-1]  # what comes before is not a matter of the list's order
+    found = gather_evidence(program, parts, backwards, seed=0, objects=iter(waiting).__next__)[::-1]
+    by_layer = layer_maps(program, given, targets)
+    before = math.nan
+    for scores in found:
+        if not scores.layer.has_maps:
+            numbers = (scores.energy_inside, scores.pointing_game, scores.energy_drop)
+            assert all(map(math.isnan, numbers))
+            continue
+        energies, hits = [], []
+        for image in known:
+            raw = by_layer[scores.layer.name][image].numpy()
+            heat = resize(raw, SIZE, order=1, mode="edge", anti_aliasing=False)
+            energies.append((heat * masks[image]).sum() / heat.sum() if heat.sum() else 0.0)
+            hits.append(heat.sum() > 0 and masks[image].flat[heat.argmax()] > 0)
+        assert scores.energy_inside == pytest.approx(np.mean(energies), rel=1e-9)
+        assert scores.pointing_game == pytest.approx(np.mean(hits), rel=1e-12)
+        drop = before - float(np.mean(energies))
+        assert scores.energy_drop == pytest.approx(drop, abs=1e-9, nan_ok=True)
+        before = float(np.mean(energies))
+
+
+def test_without_masks_nothing_is_known_of_the_object() -> None:
+    program = Program.capture(network("plain"), SIZE)
+    for objects in (None, lambda: None):
+        found = gather_evidence(
+            program, [(images(3), labels(3))], list(program.layers), seed=0, objects=objects
+        )
+        for one in found:
+            numbers = (one.energy_inside, one.pointing_game, one.energy_drop)
+            assert all(map(math.isnan, numbers))
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -97,6 +97,20 @@ def test_scores_against_masks_are_those_of_the_maps_made_anew(
     assert table["map_faithfulness"].isna().all()
 
 
+def test_evidence_on_the_shown_layer_is_the_mean_over_images_outside_the_test_split(
+    masked: Run, unmasked: Run
+) -> None:
+    table = masked.images[masked.images["split"] != "test"]
+    known = table[table["map_energy_inside"].notna()]
+    assert 10 < len(known) < len(table)
+    (row,) = masked.layers.to_dict("records")
+    assert row["energy_inside"] == pytest.approx(known["map_energy_inside"].mean())
+    assert row["pointing_game"] == pytest.approx(known["map_pointing_hit"].astype(float).mean())
+    assert math.isnan(row["energy_drop"])
+    columns = ["energy_inside", "pointing_game", "energy_drop"]
+    assert unmasked.layers[columns].isna().all(axis=None)
+
+
 def test_the_record_of_the_run_adds_the_cases_up(masked: Run) -> None:
     cases, table = masked.info["cases"], masked.images
     known = table["case"].dropna()
@@ -137,7 +151,9 @@ def test_the_proxy_judges_a_seeded_draw_of_the_images_that_loaded() -> None:
 def test_masks_change_no_prediction_and_no_evidence(masked: Run, unmasked: Run) -> None:
     same = ["path", "predicted", "p_true", "ce", "map_mean", "map_peak_x", "split"]
     assert masked.images[same].equals(unmasked.images[same])
-    assert masked.layers.equals(unmasked.layers) and masked.verdict == unmasked.verdict
+    by_masks = ["energy_inside", "pointing_game", "energy_drop"]
+    without = [run.layers.drop(columns=by_masks) for run in (masked, unmasked)]
+    assert without[0].equals(without[1]) and masked.verdict == unmasked.verdict
 
 
 def test_masks_that_belong_to_nothing_leave_no_run_behind(shapes: Shapes, tmp_path: Path) -> None:

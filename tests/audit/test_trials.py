@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from audit.networks.program import Program
 from audit.trials import (
+    CHANNEL_TRIAL,
     TrialConfig,
     TrialRepair,
-    _assess,
-    _Judged,
     error_share_removed,
+    planned_steps,
+    ranking,
     trial_repairs,
 )
-from audit.verdict import Verdict, judge
 from tests.audit.example_networks import NETWORKS, SIZE, images, labels, network
 from tests.shapes import DAMAGED, SIDE, damage, draw, normalized, trained_network
 
@@ -63,7 +63,7 @@ def plainly_trained(
 def test_trials_equal_a_plain_training_loop_of_that_layer_alone(name: str) -> None:
     module = network(name, torch.float64)
     # Batches smaller than the image set: the steps use all images whatever the batch.
-    config = TrialConfig(steps=4, step_sizes=(0.05,), batch_size=4)
+    config = TrialConfig(rounds=(1, 4), keep=1.0, step_sizes=(0.05,), batch_size=4)
     before, right_before = plainly_trained(module, _any_layer(module), 0, 0.05)
     for layer, trial in tried(Program.capture(module, SIZE), config).items():
         own = trial.layer.parameter_names
@@ -73,7 +73,9 @@ def test_trials_equal_a_plain_training_loop_of_that_layer_alone(name: str) -> No
         np.testing.assert_allclose(trial.cross_entropies_after, last, rtol=1e-7, err_msg=layer)
         assert np.abs(last - before).max() > 1e-3
         assert trial.gain.value == pytest.approx(1 - last.sum() / before.sum(), abs=1e-7)
-        assert trial.gain_one_step.value == pytest.approx(1 - first.sum() / before.sum(), abs=1e-7)
+        gains = [1 - after.sum() / before.sum() for after in (first, last)]
+        assert trial.gains == pytest.approx(gains, abs=1e-7)
+        assert trial.steps == 4
         broken = (right_before & ~right).sum() / max(right_before.sum(), 1)
         assert trial.broken == pytest.approx(broken)
         assert trial.step_size == 0.05
@@ -85,9 +87,9 @@ def _any_layer(module: nn.Module) -> tuple[str, ...]:
 
 def test_a_trial_of_one_step_gains_what_its_one_step_gains() -> None:
     module = network("plain", torch.float64)
-    config = TrialConfig(steps=1, step_sizes=(0.05,))
+    config = TrialConfig(rounds=(1,), step_sizes=(0.05,))
     for trial in tried(Program.capture(module, SIZE), config).values():
-        assert trial.gain == trial.gain_one_step
+        assert trial.gains == (trial.gain.value,)
         first, _ = plainly_trained(module, trial.layer.parameter_names, 1, 0.05)
         np.testing.assert_allclose(trial.cross_entropies_after, first, rtol=1e-7)
 
@@ -98,7 +100,7 @@ def test_broken_is_the_share_of_right_images_that_turn_wrong() -> None:
     given, targets, held_out, _ = example_images()
     said = program.logits(held_out).argmax(dim=1)
     mixed = torch.where(torch.arange(HELD_OUT) < 10, said, (said + 1) % 5)  # ten right, three wrong
-    config = TrialConfig(steps=4, step_sizes=(0.3,))
+    config = TrialConfig(rounds=(4,), step_sizes=(0.3,))
     (trial,) = trial_repairs(
         program, given, targets, held_out, mixed, [program.layer("conv2")], config, seed=0
     )
@@ -131,57 +133,24 @@ def test_the_program_is_the_same_to_the_bit_afterwards() -> None:
 
 def test_trials_of_some_layers_in_any_order_are_those_of_all() -> None:
     program = Program.capture(network("residual", torch.float64), SIZE)
-    everything = tried(program, TrialConfig())
+    everything = tried(program, TrialConfig(keep=1.0))
     chosen = [program.layer("fc"), program.layer("stem")]
-    told: list[str] = []
+    told: list[int] = []
     some = trial_repairs(
         program,
         *example_images(),
         chosen,
-        TrialConfig(),
+        TrialConfig(keep=1.0),
         seed=0,
-        on_layer=lambda layer: told.append(layer.name),
+        on_steps=told.append,
     )
     assert [trial.layer.name for trial in some] == ["fc", "stem"]
-    assert sorted(told) == ["fc", "stem"]
+    assert sorted(told) == [4, 4, 12, 12]
     for trial in some:
         assert trial.gain == everything[trial.layer.name].gain
 
 
 # -------------------------------------------------------------------- which step size
-
-
-class _ConstructedTrial:
-    """Stands in for a layer's trial; its outcome for each step size is given."""
-
-    def __init__(self, layer: object, first: dict[float, list[float]]) -> None:
-        self.layer = layer
-        self.config = TrialConfig(steps=2, step_sizes=tuple(first))
-        self.first = first
-
-    def first_step(self, size: float) -> _Judged:
-        return self._judged(self.first[size])
-
-    def last_step(self, size: float) -> _Judged:
-        return self._judged([value / 2 for value in self.first[size]])
-
-    def _judged(self, values: list[float]) -> _Judged:
-        found = np.array(values)
-        return _Judged(found, found < 1.0)
-
-
-def test_the_step_size_that_judges_a_half_is_chosen_by_the_other_half() -> None:
-    """Each size suits one half. Chosen on the images that judge, both halves would look good."""
-    halves = np.array([0, 1, 0, 1])
-    first = {0.01: [0.2, 4.0, 0.2, 4.0], 0.1: [4.0, 0.2, 4.0, 0.2]}
-    layer = Program.capture(network("plain"), SIZE).layers[0]
-    before = _Judged(np.full(4, 2.0), np.array([True, True, False, False]))
-    trial = _assess(_ConstructedTrial(layer, first), before, halves, seed=0)  # type: ignore[arg-type]
-    np.testing.assert_allclose(trial.cross_entropies_after, [2.0] * 4)
-    assert trial.gain_one_step.value == pytest.approx(1 - 16 / 8)
-    assert trial.gain.value == pytest.approx(0)
-    assert trial.broken == 1  # both images that were right
-    assert trial.step_size == 0.01
 
 
 def test_every_held_out_image_is_judged_by_a_size_that_other_images_chose() -> None:
@@ -198,7 +167,7 @@ def test_every_held_out_image_is_judged_by_a_size_that_other_images_chose() -> N
                 program,
                 *example_images(),
                 [program.layer(name)],
-                TrialConfig(step_sizes=sizes),
+                TrialConfig(rounds=(1, 4), step_sizes=sizes),
                 seed=seed,
             )
             used = np.array(
@@ -271,10 +240,20 @@ def test_a_trial_that_overflows_counts_as_harm_and_breaks_every_image() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"steps": 0}, {"step_sizes": ()}, {"step_sizes": (0.1, 0.0)}], ids=str
+    ("settings", "said"),
+    [
+        ({"rounds": ()}, "at least one step"),
+        ({"rounds": (0,)}, "at least one step"),
+        ({"rounds": (4, 4)}, "at least one step that grow"),
+        ({"step_sizes": ()}, "positive step sizes"),
+        ({"step_sizes": (0.1, 0.0)}, "positive step sizes"),
+        ({"keep": 0.0}, "share to keep"),
+        ({"budget_s": 0.0}, "positive number of seconds"),
+    ],
+    ids=str,
 )
-def test_a_trial_without_steps_is_refused(settings: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="at least one step and positive step sizes"):
+def test_a_trial_that_cannot_be_is_refused(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
         TrialConfig(**settings)  # type: ignore[arg-type]
 
 
@@ -310,7 +289,7 @@ def test_the_share_of_error_removed_is_the_same_for_the_same_seed_and_finite_wit
 # -------------------------------------------------------------------- a planted fault
 
 
-def judged(module: nn.Module) -> tuple[Verdict, dict[str, TrialRepair]]:
+def gains_of(module: nn.Module) -> dict[str, float]:
     program = Program.capture(module, (SIDE, SIDE))
     pixels, targets = draw(22, seed=0)
     held_out, held_out_targets = draw(24, seed=1)
@@ -321,30 +300,151 @@ def judged(module: nn.Module) -> tuple[Verdict, dict[str, TrialRepair]]:
         normalized(held_out),
         torch.from_numpy(held_out_targets),
         program.layers,
-        TrialConfig(),
+        TrialConfig(keep=1.0),
         seed=0,
     )
-    said = program.logits(normalized(held_out)).argmax(dim=1).numpy()
-    wrong = int((said != held_out_targets).sum())
-    verdict = judge(trials, steps=4, wrong=wrong, images=len(held_out), seed=0)
-    return verdict, {trial.layer.name: trial for trial in trials}
+    return {trial.layer.name: trial.gain.value for trial in ranking(trials)}
 
 
-def test_a_damaged_layer_gains_most_and_a_healthy_network_is_left_alone() -> None:
+def test_a_damaged_layer_gains_most() -> None:
     module = trained_network()
-    verdict, _ = judged(module)
-    assert verdict.verdict == "none"
     damage(module)
-    verdict, trials = judged(module)
-    assert verdict.verdict == "localized" and verdict.layers == (DAMAGED,)
-    gains = {name: trial.gain.value for name, trial in trials.items()}
-    assert gains.pop(DAMAGED) > 0.8
-    assert max(gains.values()) < 0.7
+    gains = gains_of(module)
+    assert next(iter(gains)) == DAMAGED
+    assert gains[DAMAGED] > 0.8
 
 
 def test_negated_channels_are_found_in_the_layer_that_has_them() -> None:
     module = trained_network()
     with torch.no_grad():
         module.get_submodule("block3_conv1").weight[::3] *= -1
-    verdict, _ = judged(module)
-    assert verdict.layers[0] == "block3_conv1"
+    assert next(iter(gains_of(module))) == "block3_conv1"
+
+
+# -------------------------------------------------------------------- channels
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_channel_trials_equal_a_plain_loop_over_factors_and_shifts(name: str) -> None:
+    module = network(name, torch.float64)
+    config = TrialConfig(kind="channels", rounds=(2, 5), keep=1.0, step_sizes=(0.07,), batch_size=4)
+    given, targets, held_out, held_out_targets = example_images()
+    program = Program.capture(module, SIZE)
+    found = trial_repairs(
+        program, given, targets, held_out, held_out_targets, program.layers, config, seed=0
+    )
+    assert max(abs(trial.gain.value) for trial in found) > 1e-3
+    for trial in found:
+        start = {
+            name: dict(module.named_parameters())[name] for name in trial.layer.parameter_names
+        }
+        expected = _channels_trained(module, trial.layer.kind, start, (2, 5), 0.07)
+        total = trial.cross_entropies_before.sum()
+        gains = [1 - after.sum() / total for after in expected]
+        assert trial.gains == pytest.approx(gains, abs=1e-7), trial.layer.name
+        np.testing.assert_allclose(trial.cross_entropies_after, expected[-1], rtol=1e-6)
+
+
+def _channels_trained(
+    module: nn.Module, kind: str, start: dict[str, Tensor], ends: tuple[int, ...], size: float
+) -> list[np.ndarray]:
+    """Held-out cross entropies after Adam steps on 1 + factor and shift of each channel."""
+    given, targets, held_out, held_out_targets = example_images()
+    weight, *others = start  # of a weight norm its magnitude first
+    channel = 1 if "transpose" in kind else 0
+    channels = start[weight].shape[channel]
+    bias = next((n for n in others if start[n].dim() == 1 and n.endswith("bias")), None)
+    factor = torch.zeros(channels, dtype=torch.float64, requires_grad=True)
+    shift = torch.zeros(channels, dtype=torch.float64, requires_grad=True)
+    along = [1] * start[weight].dim()
+    along[channel] = channels
+
+    def logits(pixels: Tensor) -> Tensor:
+        changed = {weight: start[weight].detach() * (1 + factor).reshape(along)}
+        if bias is not None:
+            value = start[bias].detach()
+            unit = value.square().mean().sqrt() or start[weight].detach().square().mean().sqrt()
+            changed[bias] = value * (1 + factor) + unit * shift
+        return torch.func.functional_call(module, changed, (pixels,))
+
+    optimizer = torch.optim.Adam([factor, shift] if bias is not None else [factor], lr=size)
+    found = []
+    for step in range(1, max(ends) + 1):
+        optimizer.zero_grad()
+        F.cross_entropy(logits(given), targets).backward()
+        optimizer.step()
+        if step in ends:
+            with torch.no_grad():
+                after = F.cross_entropy(logits(held_out), held_out_targets, reduction="none")
+            found.append(after.numpy())
+    return found
+
+
+# -------------------------------------------------------------------- rounds and the budget
+
+
+def test_only_the_better_half_of_a_round_goes_on_and_takes_the_steps_it_would_have_alone() -> None:
+    program = Program.capture(network("residual", torch.float64), SIZE)
+    halved = TrialConfig(rounds=(2, 6), keep=0.5, step_sizes=(0.05,))
+    whole = tried(program, TrialConfig(rounds=(2, 6), keep=1.0, step_sizes=(0.05,)))
+    told: list[int] = []
+    found = trial_repairs(
+        program, *example_images(), program.layers, halved, seed=0, on_steps=told.append
+    )
+    first = {name: trial.gains[0] for name, trial in whole.items()}
+    expected = sorted(first, key=lambda name: -first[name])[: math.ceil(len(first) / 2)]
+    assert {trial.layer.name for trial in found if trial.steps == 6} == set(expected)
+    assert 0 < len(expected) < len(first)
+    for trial in found:
+        alone = whole[trial.layer.name]
+        assert trial.gains == pytest.approx(alone.gains[: len(trial.gains)], abs=1e-12)
+        assert trial.steps == (6 if trial.layer.name in expected else 2)
+    assert sum(told) == planned_steps(len(first), halved)
+    assert [trial.steps for trial in ranking(found)][: len(expected)] == [6] * len(expected)
+
+
+def test_a_favored_layer_stays_in_however_little_it_gains() -> None:
+    program = Program.capture(network("residual", torch.float64), SIZE)
+    config = TrialConfig(rounds=(2, 6), step_sizes=(0.05,))
+    plain = tried(program, config)
+    dropped = min(plain.values(), key=lambda trial: (trial.steps, trial.gain.value)).layer.name
+    found = trial_repairs(
+        program, *example_images(), program.layers, config, seed=0, favored=[dropped]
+    )
+    (kept,) = (trial for trial in found if trial.layer.name == dropped)
+    assert (plain[dropped].steps, kept.steps) == (2, 6)
+
+
+def test_a_budget_that_is_over_ends_the_trials_but_not_the_one_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr("audit.trials.time.perf_counter", lambda: 60.0 * next(clock))
+    program = Program.capture(network("residual"), SIZE)
+    found = trial_repairs(
+        program,
+        images(8),
+        labels(8),
+        images(8),
+        labels(8),
+        program.layers,
+        TrialConfig(budget_s=500.0),  # each look at the clock takes a minute
+        seed=0,
+    )
+    assert 1 <= len(found) < len(program.layers)
+    assert {trial.steps for trial in found} == {4}
+
+
+def test_channel_trials_keep_every_layer_to_the_end() -> None:
+    program = Program.capture(network("plain"), SIZE)
+    found = trial_repairs(
+        program,
+        images(8),
+        labels(8),
+        images(8),
+        labels(8),
+        program.layers,
+        CHANNEL_TRIAL,
+        seed=0,
+    )
+    assert {(trial.steps, len(trial.gains)) for trial in found} == {(24, 3)}

@@ -1,0 +1,147 @@
+"""Blame: how likely each layer is the one at fault, from evidence and trials together.
+
+No single score finds every fault. Where batch norms remember what the network was trained with, the
+onset of drift says most, and the trial of the weights decides among layers that no batch norm
+follows. Without that memory, the trial of the channels says most, beside channels that have fallen
+silent and a clear lead of one trial of the weights. A conditional logit (McFadden 1974) joins them:
+each layer's score is a weighted sum, and the shares of blame are their softmax over the layers.
+
+The weights were fitted on planted faults, and are judged on others (ARCHITECTURE.md,
+`benchmarks/localize.py`). A share is therefore a probability for faults like those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from audit.evidence import LayerEvidence
+from audit.trials import TrialRepair, ranking
+
+__all__ = ["has_memory", "promising", "shares_of_blame", "suspects"]
+
+WITH_MEMORY = {"onset": 4.4, "trial": 3.2, "silent": 3.5}
+WITHOUT_MEMORY = {"silent": 3.5, "channels": 3.1, "lead": 1.8}
+
+_MOST_ONSET = 3.0
+_MANY_SILENT = 0.1  # of the channels
+_LEAST_LEFT = 0.02  # of the error; a trial that removes more leads no further
+_MOST_LEFT = math.e
+
+
+def has_memory(evidence: Sequence[LayerEvidence]) -> bool:
+    """Return whether batch norms follow at least half of the convolutions."""
+    convolutions = [one for one in evidence if one.layer.has_maps]
+    return sum(not math.isnan(one.drift) for one in convolutions) * 2 >= max(len(convolutions), 1)
+
+
+def shares_of_blame(
+    evidence: Sequence[LayerEvidence],
+    trials: Sequence[TrialRepair],
+    channel_trials: Sequence[TrialRepair],
+) -> dict[str, float]:
+    """Return each layer's share of the blame, by name; together they are 1.
+
+    Args:
+        evidence: Of every layer.
+        trials: Of their weights; a layer that was not tried ranks behind those that were.
+        channel_trials: Of their channels; takes part only where there is no memory.
+    """
+    names = [one.layer.name for one in evidence]
+    silent = [_silent(one) for one in evidence]
+    if has_memory(evidence):
+        features = {
+            "onset": [_onset(one) for one in evidence],
+            "trial": _by_trial(names, trials),
+            "silent": silent,
+        }
+        weights = WITH_MEMORY
+    else:
+        features = {
+            "silent": silent,
+            "channels": _by_channels(names, channel_trials),
+            "lead": _lead(names, trials),
+        }
+        weights = WITHOUT_MEMORY
+    scores = sum(weight * np.array(features[key]) for key, weight in weights.items())
+    odds = np.exp(scores - np.max(scores))
+    return dict(zip(names, (odds / odds.sum()).tolist(), strict=True))
+
+
+def promising(evidence: Sequence[LayerEvidence]) -> list[str]:
+    """Return the names of all layers, those first that trials should reach.
+
+    By the blame that evidence alone gives; where that is equal, by how the gradients rank them.
+    """
+    blame = shares_of_blame(evidence, (), ())
+    by_gradients = dict.fromkeys(blame, 0.0)
+    scores: tuple[Callable[[LayerEvidence], float], ...] = (
+        lambda one: one.relative_gradient_norm,
+        lambda one: one.gradient_snr,
+        lambda one: one.gradient_agreement,
+        lambda one: one.gradient_conflict,
+    )
+    for score in scores:
+        known = [one for one in evidence if not math.isnan(score(one))]
+        for place, one in enumerate(sorted(known, key=score, reverse=True), start=1):
+            by_gradients[one.layer.name] += 1 / place
+    return sorted(blame, key=lambda name: (-blame[name], -by_gradients[name]))
+
+
+def suspects(shares: Mapping[str, float], level: float) -> tuple[str, ...]:
+    """Return the fewest layers that have this much of the blame together, most blamed first."""
+    chosen: list[str] = []
+    total = 0.0
+    for name in sorted(shares, key=lambda name: -shares[name]):
+        chosen.append(name)
+        total += shares[name]
+        if total >= level:
+            break
+    return tuple(chosen)
+
+
+def _silent(one: LayerEvidence) -> float:
+    if math.isnan(one.silent_channels):
+        return 0.0
+    return min(one.silent_channels / _MANY_SILENT, 1.0)
+
+
+def _onset(one: LayerEvidence) -> float:
+    """First layers are left out: their drift may be that of the images."""
+    if one.first_in_line or math.isnan(one.drift_onset):
+        return 0.0
+    return min(max(one.drift_onset, 0.0), _MOST_ONSET)
+
+
+def _by_trial(names: Sequence[str], trials: Sequence[TrialRepair]) -> list[float]:
+    order = [trial.layer.name for trial in ranking(trials)]
+    return [1 / (order.index(name) + 1) if name in order else 1 / len(names) for name in names]
+
+
+def _lead(names: Sequence[str], trials: Sequence[TrialRepair]) -> list[float]:
+    """Minus the logarithm of how many times more error the trial leaves than the best one's."""
+    left = {trial.layer.name: 1 - trial.gain.value for trial in trials}
+    logs = {
+        name: -math.log(min(max(left.get(name, 1.0), _LEAST_LEFT), _MOST_LEFT)) for name in names
+    }
+    most = max(logs.values(), default=0.0)
+    return [logs[name] - most for name in names]
+
+
+def _by_channels(names: Sequence[str], trials: Sequence[TrialRepair]) -> list[float]:
+    """Mean over the rounds of one over the layer's rank; ties share the worse rank."""
+    rounds = max((len(trial.gains) for trial in trials), default=0)
+    tried = {trial.layer.name: trial.gains for trial in trials}
+    found = []
+    for name in names:
+        own = tried.get(name, ())
+        ranks = [
+            sum(len(other) > at and other[at] >= own[at] for other in tried.values())
+            if at < len(own)
+            else len(names)
+            for at in range(rounds)
+        ]
+        found.append(float(np.mean([1 / rank for rank in ranks])) if ranks else 0.0)
+    return found

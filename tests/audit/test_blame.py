@@ -1,0 +1,97 @@
+"""Shares of blame: a softmax worked out by hand, and who counts as having memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from audit.blame import (
+    WITH_MEMORY,
+    WITHOUT_MEMORY,
+    has_memory,
+    promising,
+    shares_of_blame,
+    suspects,
+)
+from tests.audit.test_verdict import evidence, removing
+
+NAN = float("nan")
+
+
+def test_with_memory_onset_and_rank_of_the_trial_decide() -> None:
+    scores = [evidence("a", 0.5), evidence("b", 2.0), evidence("c", -0.4), evidence("d", NAN)]
+    trials = [removing("a", 0.1), removing("c", 0.3), removing("d", 0.2)]  # b was not reached
+    onset, trial = WITH_MEMORY["onset"], WITH_MEMORY["trial"]
+    odds = {
+        "a": math.exp(0.5 * onset + trial / 3),
+        "b": math.exp(2.0 * onset + trial / 4),
+        "c": math.exp(trial),  # the best trial; drift that fades is none
+        "d": math.exp(trial / 2),  # no batch norm follows
+    }
+    total = sum(odds.values())
+    expected = {name: value / total for name, value in odds.items()}
+    assert shares_of_blame(scores, trials, ()) == pytest.approx(expected)
+
+
+def test_an_onset_counts_up_to_a_limit_and_not_at_all_in_the_first_layers() -> None:
+    far = shares_of_blame([evidence("a", 30.0), evidence("b", 0.0)], (), ())
+    limit = shares_of_blame([evidence("a", 3.0), evidence("b", 0.0)], (), ())
+    assert far == limit
+    first = [evidence("a", 3.0, first_in_line=True), evidence("b", 0.0)]
+    assert shares_of_blame(first, (), ()) == pytest.approx({"a": 0.5, "b": 0.5})
+
+
+def test_without_memory_silent_channels_ranks_over_the_rounds_and_the_lead_decide() -> None:
+    scores = [
+        dataclasses.replace(evidence("a"), silent_channels=0.25),  # more than a tenth is many
+        dataclasses.replace(evidence("b"), silent_channels=0.05),
+        evidence("c"),
+    ]
+    gains = {"a": (0.1, 0.2), "b": (0.3, 0.1), "c": (0.2, 0.2)}
+    channels = [
+        dataclasses.replace(removing(name, own[-1]), gains=own) for name, own in gains.items()
+    ]
+    # Ranks of the first round 3, 1, 2; of the second 2, 3, 2: ties share the worse one.
+    places = {"a": (1 / 3 + 1 / 2) / 2, "b": (1 + 1 / 3) / 2, "c": (1 / 2 + 1 / 2) / 2}
+    trials = [removing("a", -20.0), removing("c", 0.9)]  # b was not reached
+    behind = {"a": math.log(math.e / 0.1), "b": math.log(1 / 0.1), "c": 0}
+    silent, weight, lead = (WITHOUT_MEMORY[key] for key in ("silent", "channels", "lead"))
+    odds = {
+        "a": math.exp(silent + weight * places["a"] - lead * behind["a"]),
+        "b": math.exp(0.5 * silent + weight * places["b"] - lead * behind["b"]),
+        "c": math.exp(weight * places["c"] - lead * behind["c"]),
+    }
+    expected = {name: value / sum(odds.values()) for name, value in odds.items()}
+    assert shares_of_blame(scores, trials, channels) == pytest.approx(expected)
+
+
+def test_memory_is_batch_norm_behind_at_least_half_of_the_convolutions() -> None:
+    assert has_memory([evidence("a", 0.1), evidence("b")])
+    assert not has_memory([evidence("a", 0.1), evidence("b"), evidence("c")])
+    assert not has_memory([])
+
+
+def test_silent_channels_count_with_memory_too() -> None:
+    scores = [dataclasses.replace(evidence("a", 0.0), silent_channels=0.5), evidence("b", 0.0)]
+    odds = math.exp(WITH_MEMORY["silent"])
+    assert shares_of_blame(scores, (), ())["a"] == pytest.approx(odds / (odds + 1))
+
+
+def test_layers_are_promising_by_evidence_and_then_by_their_gradients() -> None:
+    scores = [
+        dataclasses.replace(evidence("a", 0.0), gradient_snr=1.0, gradient_conflict=0.1),
+        dataclasses.replace(evidence("b", 0.0), gradient_snr=3.0, gradient_conflict=0.0),
+        dataclasses.replace(evidence("c", 0.0), gradient_snr=2.0, relative_gradient_norm=1.0),
+        evidence("d", 1.0),
+    ]
+    # One over each rank: a 1/3 + 1, b 1 + 1/2, c 1/2 + 1; b and c are equal and stay in order.
+    assert promising(scores) == ["d", "b", "c", "a"]
+
+
+def test_suspects_are_the_fewest_that_have_the_blame_together() -> None:
+    shares = {"a": 0.1, "b": 0.6, "c": 0.3}
+    assert suspects(shares, 0.5) == ("b",)
+    assert suspects(shares, 0.85) == ("b", "c")
+    assert suspects(shares, 0.95) == ("b", "c", "a")
