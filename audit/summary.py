@@ -156,15 +156,22 @@ def _case_lines(cases: Mapping[str, Any]) -> list[RenderableType]:
 
 def _ranking_table(run: Run) -> Table:
     table = Table(
-        "rank", "layer", "held-out error removed [95 %]", "relative gradient norm", "gradient SNR"
+        "rank",
+        "layer",
+        "blame",
+        "held-out error removed [95 %]",
+        "relative gradient norm",
+        "gradient SNR",
     )
     ranked = run.layers.dropna(subset=["rank"]).sort_values("rank")
     for row in ranked.head(SHOWN_LAYERS).to_dict("records"):
         gain = (row["trial_gain"], row["trial_gain_low"], row["trial_gain_high"])
         name = row["name"] + (f" ({row['alias']})" if row["alias"] else "")
+        blame = float("nan") if row["blame"] is None else row["blame"]
         table.add_row(
             str(int(row["rank"])),
             Text(name),
+            "-" if math.isnan(blame) else f"{blame:.0%}",
             "{:z.0%} [{:z.0%}, {:z.0%}]".format(*gain),
             _number(row["relative_gradient_norm"]),
             _number(row["gradient_snr"]),

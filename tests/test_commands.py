@@ -340,7 +340,7 @@ def test_scan_prints_verdict_numbers_and_where_the_run_is(command: Command, shap
         numbers = found.info["metrics"][split]
         assert re.search(rf"{split} +│ +{numbers['n']} +│ {numbers['accuracy']['value']:.1%}", out)
     best = found.layers.sort_values("rank").iloc[0]
-    assert re.search(rf"1 +│ {DAMAGED} +│ {best['trial_gain']:.0%} \[", out)
+    assert re.search(rf"1 +│ {DAMAGED} +│ {best['blame']:.0%} +│ {best['trial_gain']:.0%} \[", out)
     assert "block3_conv1 (last_conv)" in out
     assert "204 images scanned, 0 files left out" in out
     assert f"Run folder: {found.path}" in out
