@@ -278,7 +278,7 @@ def _described(rows: Sequence[Row], aliases: Mapping[str, str]) -> str:
 def _legend(tones: set[str], verdict: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     localized = verdict.get("verdict") == "localized"
     meaning = {
-        "flagged": "the layer at fault" if localized else "the best layer and those tied with it",
+        "flagged": "the layer at fault" if localized else "the layers that share the blame",
         "other": "other layers",
         "short": "given up after a shorter trial",
         "untried": "not tried",

@@ -153,13 +153,13 @@ def _blame(
     numbers["blame_level"] = BLAME_LEVEL
     numbers["blame"] = [{"layer": name, "share": shares[name]} for name in layers]
     reasons = [_drift_reason(origin)] if origin is not None and is_origin else []
-    reasons += _channel_reasons(first, channel_trials)
     reasons += _trial_reasons(ranked, first)
     reasons += [
         f"That repair turns {trial.broken:.1%} of the held-out images that were right wrong."
         for trial in ranked
         if trial.layer.name == first and trial.broken > 0
     ]
+    reasons += _channel_reasons(first, channel_trials)
     if localized:
         reasons.append(
             f"It has {shares[first]:.0%} of the blame: so often was such a layer at fault among "
@@ -198,7 +198,7 @@ def _channel_reasons(layer: str, channel_trials: Sequence[TrialRepair]) -> list[
     order = sorted(channel_trials, key=lambda trial: trial.gain.value, reverse=True)
     return [
         f"Scaling and shifting the channels of `{layer}` alone removes {_percent(trial.gain)} of "
-        f"the held-out error, {rank}. of {len(order)} layers."
+        f"the held-out error, rank {rank} of {len(order)} layers."
         for rank, trial in enumerate(order, start=1)
         if trial.layer.name == layer
     ]

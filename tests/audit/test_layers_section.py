@@ -140,7 +140,7 @@ def test_the_plot_is_drawn_in_the_page_with_what_it_says(tmp_path: Path) -> None
     assert page.count('class="lm-mark-flagged"><title>') == 2
     assert "<title>3. features.0: trial gain 5.0 % [1.0 to 9.0 %]</title>" in page
     assert page.count('class="cross"') == 1  # the layer that was not tried
-    assert "above the dotted line, 10 %" in page
+    assert "above the dotted line, 10 %" in " ".join(page.split())
 
 
 # -------------------------------------------------------------------- how it was made

@@ -121,7 +121,7 @@ def test_without_memory_the_trials_of_channels_decide() -> None:
     found = verdict_on(scores, channel_trials=channels)
     assert found.layers[0] == "a"
     text = " ".join(found.reasons)
-    assert "channels of `a` alone removes 30 % [30, 30] of the held-out error, 1. of 3" in text
+    assert "channels of `a` alone removes 30 % [30, 30] of the held-out error, rank 1 of 3" in text
 
 
 def test_drift_that_sets_in_at_the_first_layer_may_be_that_of_the_images() -> None:
