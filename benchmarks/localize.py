@@ -52,6 +52,7 @@ from audit.verdict import drift_origin, judge
 
 TUNING = {"plant": 100, "healthy": 400}
 SEEDS = {"plant": 500, "healthy": 600}
+ALSO_SEEN = (200, 205)  # silent channels joined the blame beside batch norm after these rows
 SCANNED, LEARNING = 256, 64
 TRIES = 3
 TRIAL = TrialConfig()
@@ -82,6 +83,7 @@ def main() -> None:
         localize_report.report(
             _read(options.rows),
             seeds=SEEDS,
+            also_seen=ALSO_SEEN,
             tuned_on=TUNING,
             scanned=SCANNED,
             learning=LEARNING,

@@ -66,7 +66,7 @@ def report(rows: Sequence[Row], *, work: Path = Path("local/localize"), **settin
     if speeds:
         print_table("Trials beside naive ones", speeds)
     summary = _summary(groups, rows, regrets, speeds)
-    print_table("Summary", [summary])
+    print_table("Summary", [{"name": name, "value": value} for name, value in summary.items()])
     config = configuration(
         "cpu",
         "timm",
@@ -76,8 +76,8 @@ def report(rows: Sequence[Row], *, work: Path = Path("local/localize"), **settin
         blame_level=BLAME_LEVEL,
     )
     kept = [{k: v for k, v in row.items() if k != "features"} for row in rows]
-    kept += [{"repairs_of": row["id"], **row} for row in repairs]
-    kept += [{"speed_of": row["id"], **row} for row in speeds]
+    kept += [{"what": "full repairs", **row} for row in repairs]
+    kept += [{"what": "speed", **row} for row in speeds]
     print(write_results("localize", summary=summary, config=config, rows=kept))
 
 
