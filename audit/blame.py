@@ -20,7 +20,7 @@ import numpy as np
 from audit.evidence import LayerEvidence
 from audit.trials import TrialRepair, ranking
 
-__all__ = ["has_memory", "promising", "shares_of_blame", "suspects"]
+__all__ = ["has_memory", "layer_features", "promising", "shares_of_blame", "suspects"]
 
 WITH_MEMORY = {"onset": 4.4, "trial": 3.2, "silent": 3.5}
 WITHOUT_MEMORY = {"silent": 3.5, "channels": 3.1, "lead": 1.8}
@@ -37,6 +37,28 @@ def has_memory(evidence: Sequence[LayerEvidence]) -> bool:
     return sum(not math.isnan(one.drift) for one in convolutions) * 2 >= max(len(convolutions), 1)
 
 
+def layer_features(
+    evidence: Sequence[LayerEvidence],
+    trials: Sequence[TrialRepair],
+    channel_trials: Sequence[TrialRepair],
+) -> dict[str, list[float]]:
+    """Return what the blame weighs: by feature, one value a layer.
+
+    ``onset`` of drift, in [0, 3]; ``silent`` in [0, 1], full from a tenth of the channels on;
+    ``trial`` one over the rank of the weight trial; ``channels`` one over the rank of the channel
+    trial, mean over its rounds; ``lead`` minus the logarithm of how many times more error the weight
+    trial leaves than the best one.
+    """
+    names = [one.layer.name for one in evidence]
+    return {
+        "onset": [_onset(one) for one in evidence],
+        "silent": [_silent(one) for one in evidence],
+        "trial": _by_trial(names, trials),
+        "channels": _by_channels(names, channel_trials),
+        "lead": _lead(names, trials),
+    }
+
+
 def shares_of_blame(
     evidence: Sequence[LayerEvidence],
     trials: Sequence[TrialRepair],
@@ -50,21 +72,8 @@ def shares_of_blame(
         channel_trials: Of their channels; takes part only where there is no memory.
     """
     names = [one.layer.name for one in evidence]
-    silent = [_silent(one) for one in evidence]
-    if has_memory(evidence):
-        features = {
-            "onset": [_onset(one) for one in evidence],
-            "trial": _by_trial(names, trials),
-            "silent": silent,
-        }
-        weights = WITH_MEMORY
-    else:
-        features = {
-            "silent": silent,
-            "channels": _by_channels(names, channel_trials),
-            "lead": _lead(names, trials),
-        }
-        weights = WITHOUT_MEMORY
+    features = layer_features(evidence, trials, channel_trials)
+    weights = WITH_MEMORY if has_memory(evidence) else WITHOUT_MEMORY
     scores = sum(weight * np.array(features[key]) for key, weight in weights.items())
     odds = np.exp(scores - np.max(scores))
     return dict(zip(names, (odds / odds.sum()).tolist(), strict=True))

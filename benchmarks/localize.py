@@ -35,16 +35,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from audit.blame import (
-    _by_channels,
-    _by_trial,
-    _lead,
-    _onset,
-    _silent,
-    has_memory,
-    promising,
-    shares_of_blame,
-)
+from audit.blame import has_memory, layer_features, promising, shares_of_blame
 from audit.evidence import LayerEvidence, gather_evidence
 from audit.networks.program import Program
 from audit.trials import CHANNEL_TRIAL, TrialConfig, TrialRepair, ranking, trial_repairs
@@ -276,14 +267,9 @@ def _scanned(
     if where.name not in BUDGETS_S:
         first = trial_repairs(program, *given, program.layers, ONE_STEP, seed=seed)
         scores["one_step_trial"] = [trial.gain.value for trial in first]
-    features = {
-        "memory": has_memory(evidence),
-        "onset": [round(_onset(one), 4) for one in evidence],
-        "trial": [round(x, 4) for x in _by_trial(names, trials)],
-        "silent": [round(_silent(one), 4) for one in evidence],
-        "channels": [round(x, 4) for x in _by_channels(names, channels)],
-        "lead": [round(x, 4) for x in _lead(names, trials)],
-    }
+    features: dict[str, Any] = {"memory": has_memory(evidence)}
+    for name, values in layer_features(evidence, trials, channels).items():
+        features[name] = [round(value, 4) for value in values]
     return {
         **row,
         "at": at,
@@ -325,8 +311,8 @@ def _scores(
         sum(1 / _rank(values, i) for values in cheap.values()) for i in range(len(names))
     ]
     scores["onset"] = inner
-    scores["weight_trial"] = _by_trial(names, trials)
-    scores["channel_trial"] = _by_channels(names, channels)
+    features = layer_features(evidence, trials, channels)
+    scores["weight_trial"], scores["channel_trial"] = features["trial"], features["channels"]
     scores["ours"] = [shares[name] for name in names]
     return scores
 
