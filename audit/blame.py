@@ -46,8 +46,8 @@ def layer_features(
 
     ``onset`` of drift, in [0, 3]; ``silent`` in [0, 1], full from a tenth of the channels on;
     ``trial`` one over the rank of the weight trial; ``channels`` one over the rank of the channel
-    trial, mean over its rounds; ``lead`` minus the logarithm of how many times more error the weight
-    trial leaves than the best one.
+    trial, mean over its rounds; ``lead`` minus the logarithm of how many times more error the
+    weight trial leaves than the best one.
     """
     names = [one.layer.name for one in evidence]
     return {
