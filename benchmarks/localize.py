@@ -12,6 +12,7 @@ rows in WORK/tuning.jsonl; `fit` prints the weights of the blame that those rows
 
     LAYERMEND_DATA=... python benchmarks/localize.py plant efficientnet resnet vgg --faults 28
     LAYERMEND_DATA=... python benchmarks/localize.py healthy efficientnet resnet vgg --draws 10
+    LAYERMEND_DATA=... python benchmarks/localize.py healthy resnet vgg --draws 15 --unmarked
     LAYERMEND_DATA=... python benchmarks/localize.py repair resnet vgg --faults 12
     LAYERMEND_DATA=... python benchmarks/localize.py speed efficientnet resnet vgg
     LAYERMEND_DATA=... python benchmarks/localize.py report
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("local/localize"))
     parser.add_argument("--faults", type=int, default=28, help="planted in each network")
     parser.add_argument("--draws", type=int, default=10, help="healthy draws of each network")
+    parser.add_argument("--unmarked", action="store_true", help="healthy draws without marks")
     parser.add_argument("--tuning", action="store_true", help="on the seeds for tuning")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -110,13 +112,17 @@ def _plant(name: str, options: argparse.Namespace) -> None:
 
 
 def _healthy(name: str, options: argparse.Namespace) -> None:
-    """The network as it is, on other photographs each time, in turn with no mark and with one."""
+    """The network as it is, on other photographs each time, in turn with no mark and with one.
+
+    With `--unmarked` there is never one.
+    """
+    kinds = ("none",) if options.unmarked else ("none", "watermark", "border")
     done = {row["id"] for row in _read(options.rows)}
     training_seeds = (0,) if name == "efficientnet" else (0, 1)
     for training_seed in training_seeds:
         where = faults.scene(name, options.work, training_seed=training_seed)
         for at in range(options.draws):
-            seed, kind = options.seeds["healthy"] + at, ("none", "watermark", "border")[at % 3]
+            seed, kind = options.seeds["healthy"] + at, kinds[at % len(kinds)]
             identity = f"{name}-healthy-{kind}-{training_seed}-{seed}"
             if identity not in done:
                 row = {"id": identity, "network": name, "kind": kind, "seed": seed}
@@ -161,8 +167,9 @@ def _speed(name: str, options: argparse.Namespace) -> None:
         started = time.perf_counter()
         naive = full_repairs.naive_trials(program, *given, TRIAL, seed=row["seed"])
         naive_s = time.perf_counter() - started
-        same = ranking(own)[0].layer.name == max(naive, key=lambda name: naive[name])
-        found = {"id": row["id"], "network": name, "layers": len(naive), "same_choice": same}
+        chosen, best = ranking(own)[0].layer.name, max(naive, key=lambda name: naive[name])
+        found = {"id": row["id"], "network": name, "layers": len(naive)}
+        found |= {"same_choice": chosen == best, "gain_lost": round(naive[best] - naive[chosen], 4)}
         _append(kept, found | {"ours_s": round(own_s, 2), "naive_s": round(naive_s, 2)})
 
 

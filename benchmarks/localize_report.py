@@ -110,8 +110,12 @@ def _summary(
     summary["mrr"] = _hits(counted, "ours")["mrr"]
     summary["best_published_top1"] = max(_hits(counted, score)["top1"] for score in PUBLISHED)
     summary["healthy_draws"] = len(healthy)
-    called = [row["verdict"] != "none" for row in healthy]
-    summary["false_alarm_rate"] = round(float(np.mean(called)), 3) if called else float("nan")
+    # On marked photographs a trial does repair something, though no layer was damaged.
+    for name, marked in (("false_alarm_rate", False), ("called_faulty_on_marks", True)):
+        own = [row for row in healthy if _on_marks(row) == marked]
+        called = [row["verdict"] != "none" for row in own]
+        summary[f"{name}_of"] = len(own)
+        summary[name] = round(float(np.mean(called)), 3) if called else float("nan")
     own_regret = [row for row in regrets if (row["faults"], row["score"]) == ("all", "ours")]
     if own_regret:
         summary["median_regret"] = own_regret[0]["median"]
@@ -160,14 +164,24 @@ def _not_faulty(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if not r["took"] and (r["planted"] is None or r["harmless"])]
 
 
+def _on_marks(row: Row) -> bool:
+    """Whether a healthy network was shown marks; harmless faults count as they are."""
+    return row["planted"] is None and row["kind"] != "none"
+
+
 def _alarms(rows: Sequence[Row]) -> list[dict[str, Any]]:
     tables = []
     for network in faults.SCENES:
-        for name, planted in (("healthy", False), ("harmless", True)):
+        for name, planted, marked in (
+            ("healthy", False, False),
+            ("healthy, on marks", False, True),
+            ("harmless", True, False),
+        ):
             own = [
                 row
                 for row in _not_faulty(rows)
-                if row["network"] == network and (row["planted"] is not None) == planted
+                if row["network"] == network
+                and (row["planted"] is not None, _on_marks(row)) == (planted, marked)
             ]
             if own:
                 called = [row["verdict"] != "none" for row in own]
