@@ -94,6 +94,7 @@ def train_layer(
     config: RepairConfig,
     *,
     loss: str,
+    also: Mapping[str, Tensor] | None = None,
     state_path: Path | None = None,
     on_epoch: Callable[[Row], None] | None = None,
 ) -> Trained:
@@ -105,11 +106,13 @@ def train_layer(
         validation: Images that choose the epoch.
         config: Settings; `config.loss` is not read, so that a control differs in `loss` alone.
         loss: A name from `LOSSES`.
+        also: Further state entries after the cut that learn too, with their first values.
         state_path: Checkpoint, written after each epoch; where one lies already, training goes on
             from it.
         on_epoch: Called with the history row of each finished epoch.
     """
-    state = _start(split, validation, config, loss)
+    first_values = {**split.parameters, **(also or {})}
+    state = _start(first_values, split, validation, config, loss)
     if state_path is not None and state_path.is_file():
         _restore(state, state_path)
     with _deterministic_kernels():
@@ -178,8 +181,14 @@ def loss_terms(
     return chosen.terms(split.suffix(crossing, parameters), None, labels, config.penalty)
 
 
-def _start(split: Split, validation: CrossingTensors, config: RepairConfig, loss: str) -> _State:
-    leaves = {name: value.clone().requires_grad_() for name, value in split.parameters.items()}
+def _start(
+    first_values: Mapping[str, Tensor],
+    split: Split,
+    validation: CrossingTensors,
+    config: RepairConfig,
+    loss: str,
+) -> _State:
+    leaves = {name: value.clone().requires_grad_() for name, value in first_values.items()}
     state = _State(
         leaves=leaves,
         best=_copies(leaves),

@@ -1,6 +1,6 @@
 """Labeled image folders: opened, checked, split and loaded as pixels."""
 
-from audit.images.folders import open_image_folder
+from audit.images.folders import class_names, open_image_folder
 from audit.images.loading import ImageBatch, iterate_batches, load_pixels
 from audit.images.records import ImageFolder, ImageRecord, SkippedFile, Split
 
@@ -10,6 +10,7 @@ __all__ = [
     "ImageRecord",
     "SkippedFile",
     "Split",
+    "class_names",
     "iterate_batches",
     "load_pixels",
     "open_image_folder",

@@ -20,7 +20,7 @@ from audit.images.listing import files_below, list_required, safe_path
 from audit.images.records import SPLITS, ImageFolder, ImageRecord, SkippedFile, Split, one_line
 from audit.images.splits import choose_subset, complete_split, seeded_split
 
-__all__ = ["open_image_folder"]
+__all__ = ["class_names", "open_image_folder"]
 
 _SPLIT_NAMES: dict[str, Split] = {
     "train": "train",
@@ -110,6 +110,15 @@ def open_image_folder(
         fingerprint=_fingerprint(records),
         split_notes=notes,
     )
+
+
+def class_names(root: Path) -> tuple[str, ...]:
+    """Return the names of the class folders, sorted: the classes of a network yet to be made.
+
+    Raises:
+        ImageError: If there is no such folder or none in it.
+    """
+    return tuple(sorted({folder.name for folder in _class_folders(Path(root).absolute(), [])}))
 
 
 def _class_folders(root: Path, skipped: list[SkippedFile]) -> list[_ClassFolder]:
