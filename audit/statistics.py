@@ -20,6 +20,7 @@ __all__ = [
     "accuracy_difference",
     "auroc",
     "bootstrap_mean",
+    "calibration_error",
     "classification_metrics",
     "mcnemar",
     "wilson",
@@ -164,6 +165,28 @@ def auroc(
     value = float(areas(np.arange(score.size)[None])[0])
     replicates = _bootstrap(areas, score.size, seed=seed, resamples=resamples)
     return _percentile(value, replicates[np.isfinite(replicates)], level)
+
+
+def calibration_error(confidence: ArrayLike, right: ArrayLike, *, bins: int = 15) -> float:
+    """Return the expected calibration error: how far confidence is from the share that is right.
+
+    ECE = sum_b n_b / n |share right in b - mean confidence in b|, over bins of equal width on
+    (0, 1]    Source: Naeini et al. 2015; Guo et al. 2017, Eq. 3, with its 15 bins
+
+    Args:
+        confidence: Probability of the predicted class, in [0, 1], (n,).
+        right: Whether the prediction is the true class, (n,).
+
+    Raises:
+        ValueError: The sizes differ, or nothing was given.
+    """
+    sure = np.asarray(confidence, dtype=np.float64).ravel()
+    hits = np.asarray(right, dtype=np.float64).ravel()
+    if sure.size != hits.size or not sure.size:
+        raise ValueError(f"{sure.size} confidences and {hits.size} outcomes")
+    bin_of = np.clip(np.ceil(sure * bins).astype(np.int64) - 1, 0, bins - 1)
+    gaps = np.bincount(bin_of, weights=hits - sure, minlength=bins)
+    return float(np.abs(gaps).sum() / sure.size)
 
 
 def classification_metrics(

@@ -14,6 +14,7 @@ from audit.statistics import (
     accuracy_difference,
     auroc,
     bootstrap_mean,
+    calibration_error,
     classification_metrics,
     mcnemar,
     wilson,
@@ -234,3 +235,28 @@ def test_one_image_per_class_keeps_the_estimate_inside_its_interval() -> None:
     for name in ("precision", "recall"):
         interval = Interval(**found[name])
         assert interval.low <= interval.value <= interval.high
+
+
+@pytest.mark.parametrize("bins", [5, 15])
+def test_calibration_error_equals_a_loop_over_bins(bins: int) -> None:
+    generator = np.random.default_rng(3)
+    confidence = np.concatenate([generator.random(200), [0.0, 0.2, 1.0]])
+    right = generator.random(203) < confidence**2
+    total = 0.0
+    for b in range(bins):
+        rows = [
+            i
+            for i, value in enumerate(confidence)
+            if b / bins < value <= (b + 1) / bins or (b == 0 and value == 0)
+        ]
+        if rows:
+            share = sum(bool(right[i]) for i in rows) / len(rows)
+            mean = sum(confidence[i] for i in rows) / len(rows)
+            total += len(rows) / 203 * abs(share - mean)
+    found = calibration_error(confidence, right, bins=bins)
+    assert found == pytest.approx(total, rel=1e-12)
+
+
+def test_calibration_error_needs_as_many_outcomes_as_confidences() -> None:
+    with pytest.raises(ValueError, match="2 confidences and 1 outcomes"):
+        calibration_error([0.5, 0.6], [True])
