@@ -34,6 +34,7 @@ from audit.wording import (
     model_title,
     moment,
     number,
+    penalty_sentences,
     percent,
     proof_rows,
     repair_figures,
@@ -180,15 +181,13 @@ def _gallery_source(run: Run, repair: RepairFolder | None) -> Run | RepairFolder
 
 def _decision(repair: RepairFolder) -> dict[str, Any]:
     """Return the outcome for the report's first lines, a penalty that did no good included."""
-    penalty = repair.info.get("penalty") or {}
-    said = [penalty["sentence"]] if penalty.get("sentence") else []
+    said = penalty_sentences(repair.info)[:1]
     return {"tone": repair_tone(repair), "headline": decision_headline(repair.info), "said": said}
 
 
 def _repair(repair: RepairFolder) -> dict[str, Any]:
     info = repair.info
     finished = bool(info.get("after"))
-    penalty = info.get("penalty") or {}
     return {
         "title": layer_title(repair.layer, info.get("alias")),
         "when": f"Started {moment(repair.created_utc)}",
@@ -197,7 +196,7 @@ def _repair(repair: RepairFolder) -> dict[str, Any]:
         "headline": decision_headline(info),
         "reasons": _strings(info.get("reasons")),
         "figures": repair_figures(info) if finished else [],
-        "penalty": penalty.get("sentence", ""),
+        "penalty": penalty_sentences(info),
         "comparison": comparison_rows(info) if finished else [],
         "classes": class_rows(info.get("before") or {}, info.get("after") or {}),
         "classes_note": classes_note(info.get("before") or {}),

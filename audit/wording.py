@@ -26,6 +26,7 @@ __all__ = [
     "moment",
     "number",
     "p_value",
+    "penalty_sentences",
     "percent",
     "points",
     "proof_rows",
@@ -248,6 +249,13 @@ def repair_figures(repair: Document) -> list[Figure]:
         ),
         _share("Worst class after", _at(repair, "after", "worst_class")),
     ]
+
+
+def penalty_sentences(repair: Document) -> list[str]:
+    """Return whether the penalty earned its place, then what the further controls say."""
+    penalty = repair.get("penalty") or {}
+    first = penalty.get("sentence")
+    return [str(one) for one in penalty.get("sentences") or ([first] if first else [])]
 
 
 def comparison_rows(repair: Document) -> list[dict[str, str]]:

@@ -38,8 +38,9 @@ from repair.cache import CrossingBatch, CrossingTensors, cross_tensors
 from repair.config import RepairConfig
 from repair.decision import Predictions
 from repair.maps import map_similarity, true_class_maps
+from repair.new_head import CLASSIFIER, CONVOLUTION, head_split, with_new_head
 from repair.sources import positions
-from repair.transfer import CLASSIFIER, CONVOLUTION, head_split, transfer, with_new_head
+from repair.transfer import transfer
 
 SEEDS = (0, 1, 2, 3, 4)
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -47,7 +48,7 @@ SIZE = (112, 112)
 WHOLE = 4000
 LEARNED = {f"{layer}.{kind}" for layer in (CONVOLUTION, CLASSIFIER) for kind in ("weight", "bias")}
 PENALTY = RepairConfig(
-    loss="trust", scale="classes", balance=0.9, learning_rate=0.01, epochs=50, controls=False
+    loss="trust", scale="classes", balance=0.9, learning_rate=0.01, epochs=50, controls=()
 )
 ROWS = {
     "baseline": replace(PENALTY, loss="ce"),

@@ -13,6 +13,16 @@ __all__ = ["BAD", "GOOD", "history_chart", "profile_chart"]
 
 GOOD, BAD, THIRD = "#2b7fc3", "#d9652b", "#8a7fb8"
 
+_ROLES = {  # of a training's history: what the legend calls it, and its color
+    "repair": ("repair", GOOD),
+    "ce": ("control: plain cross entropy", THIRD),
+    "shuffled": ("control: shuffled maps", BAD),
+    "next-layer": ("control: next best layer", "#3f9b6d"),
+    "random-layer": ("control: random layer", "#b8992e"),
+    "last-layer": ("control: last linear layer", "#6d7680"),
+}
+_UNKNOWN_COLOR = "#a9b0b7"
+
 
 def profile_chart(rows: pd.DataFrame, title: str, *, as_percent: bool) -> Any:
     """Return one number per layer over depth, with its interval where there is one.
@@ -54,13 +64,19 @@ def profile_chart(rows: pd.DataFrame, title: str, *, as_percent: bool) -> Any:
 
 
 def history_chart(history: pd.DataFrame) -> Any:
-    """Return the validation cross entropy over the epochs of the repair and of its control."""
-    names = {"repair": "repair", "ce": "control: plain cross entropy"}
-    rows = history.assign(trained=history["role"].map(lambda role: names.get(role, role)))
+    """Return the validation cross entropy over the epochs of the repair and of its controls."""
+    drawn = {
+        role: _ROLES.get(role, (f"control: {role}", _UNKNOWN_COLOR))
+        for role in dict.fromkeys(history["role"])
+    }
+    rows = history.assign(trained=[drawn[role][0] for role in history["role"]])
     color = alt.Color(
         "trained:N",
-        scale=alt.Scale(domain=list(names.values()), range=[GOOD, THIRD]),
-        legend=alt.Legend(title=None, orient="top"),
+        scale=alt.Scale(
+            domain=[name for name, _ in drawn.values()],
+            range=[color for _, color in drawn.values()],
+        ),
+        legend=alt.Legend(title=None, orient="top", columns=3, labelLimit=240),
     )
     base = alt.Chart(rows).encode(
         x=alt.X("epoch:Q", title="Epoch", axis=alt.Axis(tickMinStep=1, format="d", grid=False)),

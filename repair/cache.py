@@ -1,33 +1,43 @@
 """What crosses the cut before a layer, computed once: the prefix of a repair never changes.
 
 All that comes before the repaired layer is frozen, so the tensors that enter it are the same in
-every epoch. `cross_tensors` keeps them in memory while they fit a budget (`MemoryCache`), else
-computes them again for every batch (`RecomputedPrefix`): the same tensors, many times slower.
+every epoch. `cross_tensors` keeps them in memory while they fit a budget (`MemoryCache`), else in
+memory-mapped files within another (`DiskCache`), else computes them again for every batch
+(`RecomputedPrefix`): the same tensors bit for bit, for every prefix pass takes equally many images.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from audit.errors import RunError
+from audit.files import read_json, write_json
 from audit.images import ImageFolder, iterate_batches
 
 if TYPE_CHECKING:
     from audit.networks import Network, Split
 
-CacheKind = Literal["memory", "recompute"]
+CacheKind = Literal["memory", "disk", "recompute"]
 GIB = 2**30
 
-_PREFIX_BATCH = 64  # images per prefix pass; no influence on the result beyond rounding
+_SMALLEST_PASS, _LARGEST_PASS = 16, 64  # images per prefix pass
 _SHARE_OF_MEMORY = 0.25  # of what is available now, where no budget is given
+_SHARE_OF_DISK = 0.25  # of what is free now, where no budget is given
+_MANIFEST = "manifest.json"
 _SHARE_OF_DEVICE = 0.5  # of free accelerator memory that the cache may take
 
 
@@ -61,6 +71,19 @@ class CrossingTensors(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiskSpace:
+    """Where crossing tensors may lie on the disk.
+
+    Attributes:
+        folder: For them alone; made when it is used, and the caller's to remove.
+        budget_bytes: What they may take there.
+    """
+
+    folder: Path
+    budget_bytes: int
+
+
 def cross_tensors(
     network: Network,
     split: Split,
@@ -68,11 +91,15 @@ def cross_tensors(
     indices: Sequence[int],
     *,
     budget_bytes: int,
+    disk: DiskSpace | None = None,
     kind: CacheKind | None = None,
+    batch_size: int = 32,
     on_skip: Callable[[int, str], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
-) -> MemoryCache | RecomputedPrefix:
+) -> MemoryCache | DiskCache | RecomputedPrefix:
     """Return the images of a folder as they look at a cut.
+
+    A disk that cannot take them after all leads to recomputation, whose `failure` says why.
 
     Args:
         network: Where the pixels are normalized.
@@ -80,16 +107,32 @@ def cross_tensors(
         folder: The images.
         indices: Positions of the wanted images in the folder's records.
         budget_bytes: What the tensors may take in memory.
-        kind: Decides in place of the budget, to repeat an earlier choice.
+        disk: Where they may lie if that is too little; nowhere when None.
+        kind: Decides in place of the budgets, to repeat an earlier choice.
+        batch_size: Images that will be asked for at a time.
         on_skip: Called with position and reason for each image that cannot be decoded.
         on_batch: Called with the number of images of each batch that was computed.
     """
-    source = _Source(network=network, split=split, folder=folder, on_skip=on_skip)
+    source = _Source(
+        network=network,
+        split=split,
+        folder=folder,
+        pass_size=min(max(batch_size, _SMALLEST_PASS), _LARGEST_PASS),
+        on_skip=on_skip,
+    )
     if kind is None:
-        kind = "memory" if crossing_bytes(split, len(indices)) <= budget_bytes else "recompute"
+        kind = _choose(crossing_bytes(split, len(indices)), budget_bytes, disk)
     if kind == "memory":
         return MemoryCache(source, indices, on_batch=on_batch)
-    return RecomputedPrefix(source, indices)
+    failure = None
+    if kind == "disk":
+        if disk is None:
+            raise ValueError("kind is 'disk', but there is no disk space to use; pass disk=...")
+        try:
+            return DiskCache(source, indices, disk.folder, on_batch=on_batch)
+        except OSError as error:
+            failure = error.strerror or str(error)
+    return RecomputedPrefix(source, indices, failure=failure)
 
 
 def crossing_bytes(split: Split, images: int) -> int:
@@ -104,32 +147,76 @@ def default_budget_bytes() -> int:
     return int(_SHARE_OF_MEMORY * min(available))
 
 
+def default_disk_bytes(folder: Path) -> int:
+    """Return a quarter of what is free on the file system of a folder."""
+    return int(_SHARE_OF_DISK * shutil.disk_usage(folder).free)
+
+
+def _choose(needed_bytes: int, memory_bytes: int, disk: DiskSpace | None) -> CacheKind:
+    if needed_bytes <= memory_bytes:
+        return "memory"
+    if disk is not None and needed_bytes <= disk.budget_bytes:
+        return "disk"
+    return "recompute"
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """Images and the prefix that they run through."""
+    """Images and the prefix that they run through, `pass_size` at a time."""
 
     network: Network
     split: Split
     folder: ImageFolder
+    pass_size: int
     on_skip: Callable[[int, str], None] | None
 
-    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[CrossingBatch]:
+    def batches(self, indices: Sequence[int]) -> Iterator[CrossingBatch]:
         network = self.network
         for batch in iterate_batches(
             self.folder,
             indices,
             network.card.preprocessing,
-            batch_size=batch_size,
+            batch_size=self.pass_size,
             on_skip=self.on_skip,
         ):
-            crossing = self.split.prefix(network.normalize(batch.pixels))
+            count = len(batch.indices)
+            crossing = self.split.prefix(
+                network.normalize(_filled_up(batch.pixels, self.pass_size))
+            )
             yield CrossingBatch(
-                crossing=crossing, labels=self.labels(batch.indices), positions=batch.indices
+                crossing=tuple(tensor[:count] for tensor in crossing),
+                labels=self.labels(batch.indices),
+                positions=batch.indices,
             )
 
     def labels(self, positions: Tensor) -> Tensor:
         found = [self.folder.records[position].label for position in positions.tolist()]
         return torch.tensor(found, dtype=torch.int64, device=self.network.program.device)
+
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        """Return the SHA-256 of all that the bits of the crossing tensors depend on."""
+        program = self.network.program
+        images = [(int(index), self.folder.records[index].sha256) for index in indices]
+        parts = {
+            "model": self.network.sha256,
+            "preprocessing": asdict(self.network.card.preprocessing),
+            "layer": self.split.layer.name,
+            "crossing": [node.name for node in self.split.crossing_nodes],
+            "shapes": self.split.crossing_shapes,
+            "run_with": [torch.__version__, str(program.dtype), program.device.type],
+            "pass_size": self.pass_size,
+            "images": images,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _filled_up(pixels: Tensor, count: int) -> Tensor:
+    """Return (B, 3, H, W) as (count, 3, H, W); the further images are black.
+
+    Kernels are chosen by the size of a batch and round differently: equal sizes, equal bits.
+    """
+    missing = pixels.new_zeros((count - len(pixels), *pixels.shape[1:]))
+    return torch.cat([pixels, missing]) if len(missing) else pixels
 
 
 class MemoryCache:
@@ -151,7 +238,7 @@ class MemoryCache:
         positions: list[Tensor] = []
         filled = 0
         place = _storage_device(self._device, crossing_bytes(source.split, len(indices)))
-        for batch in source.batches(indices, _PREFIX_BATCH):
+        for batch in source.batches(indices):
             if not stored:
                 stored = [
                     torch.empty((len(indices), *tensor.shape[1:]), dtype=tensor.dtype, device=place)
@@ -185,27 +272,88 @@ class MemoryCache:
         )
 
 
+class DiskCache:
+    """Crossing tensors in memory-mapped files, one for each; complete files are taken over.
+
+    The files hold the rows in order, raw, in the tensor's own type. The manifest is written last,
+    whole or not at all: a folder without one that fits is filled anew.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written; nothing is left in it.
+    """
+
+    kind: CacheKind = "disk"
+
+    def __init__(
+        self,
+        source: _Source,
+        indices: Sequence[int],
+        folder: Path,
+        *,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> None:
+        self._device = source.network.program.device
+        fingerprint = source.fingerprint(indices)
+        manifest = _matching_manifest(folder, fingerprint)
+        if manifest is None:
+            manifest = _fill(folder, source, indices, fingerprint, on_batch)
+        else:
+            _repeat_calls(manifest, source, on_batch)
+        try:
+            self._crossing = [_mapped(folder, entry) for entry in manifest["tensors"]]
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._positions = torch.tensor(manifest["positions"], dtype=torch.int64)
+        self._labels = source.labels(self._positions)
+        self.bytes = sum(tensor.nbytes for tensor in self._crossing)
+        self.tensors = len(source.split.crossing_shapes)
+        self.seconds = float(manifest["seconds"])
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def batch(self, rows: Tensor) -> CrossingBatch:
+        return CrossingBatch(
+            crossing=tuple(tensor[rows].to(self._device) for tensor in self._crossing),
+            labels=self._labels[rows.to(self._labels.device)],
+            positions=self._positions[rows],
+        )
+
+
 class RecomputedPrefix:
-    """Crossing tensors computed again whenever they are asked for."""
+    """Crossing tensors computed again whenever they are asked for.
+
+    Attributes:
+        failure: Why they are not on the disk although they should be, None if they should not.
+    """
 
     kind: CacheKind = "recompute"
     bytes = 0
     seconds = 0.0
 
-    def __init__(self, source: _Source, indices: Sequence[int]) -> None:
+    def __init__(
+        self, source: _Source, indices: Sequence[int], *, failure: str | None = None
+    ) -> None:
         self._source = source
         self._indices = torch.as_tensor(list(indices), dtype=torch.int64)
         self.tensors = len(source.split.crossing_shapes)
+        self.failure = failure
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def batch(self, rows: Tensor) -> CrossingBatch:
-        wanted = self._indices[rows].tolist()
-        batches = list(self._source.batches(wanted, max(1, len(wanted))))
+        batches = list(self._source.batches(self._indices[rows].tolist()))
         if batches:
-            (batch,) = batches
-            return batch
+            return CrossingBatch(
+                crossing=tuple(
+                    torch.cat(parts) if len(parts) > 1 else parts[0]
+                    for parts in zip(*(batch.crossing for batch in batches), strict=True)
+                ),
+                labels=torch.cat([batch.labels for batch in batches]),
+                positions=torch.cat([batch.positions for batch in batches]),
+            )
         device = self._source.network.program.device
         shapes = self._source.split.crossing_shapes
         nothing = torch.empty(0, dtype=torch.int64)
@@ -214,6 +362,126 @@ class RecomputedPrefix:
             labels=nothing.to(device),
             positions=nothing,
         )
+
+
+# -------------------------------------------------------------------- files of the disk cache
+
+
+def _fill(
+    folder: Path,
+    source: _Source,
+    indices: Sequence[int],
+    fingerprint: str,
+    on_batch: Callable[[int], None] | None,
+) -> dict[str, Any]:
+    """Compute the tensors into a folder and return its manifest; nothing is left on failure."""
+    started_s = time.perf_counter()
+    skipped: list[tuple[int, str]] = []
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        if crossing_bytes(source.split, len(indices)) > shutil.disk_usage(folder).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        noting = _noting(source, skipped)
+        tensors, positions = _write_tensors(folder, noting.batches(indices), on_batch)
+        manifest = {
+            "fingerprint": fingerprint,
+            "tensors": tensors,
+            "positions": positions,
+            "skipped": skipped,
+            "seconds": time.perf_counter() - started_s,
+        }
+        write_json(folder / _MANIFEST, manifest)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _noting(source: _Source, skipped: list[tuple[int, str]]) -> _Source:
+    """Return the source, which also notes the images that it skips."""
+
+    def note(position: int, reason: str) -> None:
+        skipped.append((position, reason))
+        if source.on_skip is not None:
+            source.on_skip(position, reason)
+
+    return replace(source, on_skip=note)
+
+
+def _write_tensors(
+    folder: Path, batches: Iterator[CrossingBatch], on_batch: Callable[[int], None] | None
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Write what crosses; return an entry for each file, and the images' positions.
+
+    Written, not mapped: a disk that is full answers a write with an error, a mapped page with the
+    end of the process.
+    """
+    entries: list[dict[str, Any]] = []
+    positions: list[int] = []
+    with ExitStack() as stack:
+        streams: list[BinaryIO] = []
+        for batch in batches:
+            if not streams:
+                entries = [_entry(number, tensor) for number, tensor in enumerate(batch.crossing)]
+                streams = [stack.enter_context((folder / e["file"]).open("wb")) for e in entries]
+            for stream, tensor in zip(streams, batch.crossing, strict=True):
+                flat = tensor.cpu().contiguous().reshape(-1)
+                stream.write(flat.view(torch.uint8).numpy().data)
+            positions += batch.positions.tolist()
+            if on_batch is not None:
+                on_batch(len(batch.positions))
+        for stream in streams:
+            stream.flush()
+            os.fsync(stream.fileno())
+    for entry in entries:
+        entry["shape"][0] = len(positions)
+    return entries, positions
+
+
+def _entry(number: int, tensor: Tensor) -> dict[str, Any]:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"file": f"{number}.bin", "dtype": dtype, "shape": list(tensor.shape)}
+
+
+def _matching_manifest(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """Return the manifest of a complete cache of the same tensors, None if there is none."""
+    try:
+        manifest = read_json(folder / _MANIFEST)
+        if manifest["fingerprint"] != fingerprint:
+            return None
+        for entry in manifest["tensors"]:
+            item_bytes = getattr(torch, entry["dtype"]).itemsize
+            if (folder / entry["file"]).stat().st_size != item_bytes * math.prod(entry["shape"]):
+                return None
+    except (RunError, OSError, LookupError, TypeError, AttributeError):  # gone or damaged
+        return None
+    return manifest
+
+
+def _repeat_calls(
+    manifest: dict[str, Any], source: _Source, on_batch: Callable[[int], None] | None
+) -> None:
+    """Report what was reported when the files were filled."""
+    if source.on_skip is not None:
+        for position, reason in manifest["skipped"]:
+            source.on_skip(position, reason)
+    if on_batch is not None:
+        on_batch(len(manifest["positions"]))
+
+
+def _mapped(folder: Path, entry: dict[str, Any]) -> Tensor:
+    shape, dtype = entry["shape"], getattr(torch, entry["dtype"])
+    try:
+        flat = torch.from_file(
+            str(folder / entry["file"]), shared=False, size=math.prod(shape), dtype=dtype
+        )
+    except RuntimeError as error:  # a file system without memory maps
+        raise OSError(errno.ENODEV, f"cannot map {entry['file']} into memory") from error
+    return flat.view(shape)
+
+
+# -------------------------------------------------------------------- what is available
 
 
 def _storage_device(device: torch.device, needed_bytes: int) -> torch.device:

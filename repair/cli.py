@@ -15,8 +15,11 @@ import typer
 from audit import console
 from audit.errors import ExportError, UsageError
 from audit.options import CodeOption, JsonOption, TrustOption
+from repair.comparison_cli import compare_command
 from repair.config import OPTIMIZERS, SALIENCIES, RepairConfig
+from repair.controls import CONTROLS, DEFAULT_CONTROLS, parse_controls
 from repair.losses import LOSSES, SCALES
+from repair.transfer_cli import transfer_command
 
 app = typer.Typer(
     help="Retrain one layer of a scanned network, prove what it did, and export the result.",
@@ -82,13 +85,28 @@ def layer_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the newest unfinished repair.")
     ] = False,
+    controls: Annotated[
+        str,
+        typer.Option(
+            help="Beside what the repair is judged, comma separated.", metavar=",".join(CONTROLS)
+        ),
+    ] = ",".join(DEFAULT_CONTROLS),
     no_controls: Annotated[
-        bool, typer.Option("--no-controls", help="Skip the plain cross entropy control.")
+        bool, typer.Option("--no-controls", help="Train the repair alone.")
     ] = False,
     cache_gib: Annotated[
         float | None,
         typer.Option(
-            help="Memory for what enters the layer; a quarter of the available by default.",
+            help="Memory for what enters the layer; a quarter of the available by default. "
+            "0 alone: no cache, also not on disk.",
+            min=0,
+            metavar="GIB",
+        ),
+    ] = None,
+    cache_disk_gib: Annotated[
+        float | None,
+        typer.Option(
+            help="Disk for what that memory cannot hold; a quarter of the free by default.",
             min=0,
             metavar="GIB",
         ),
@@ -100,6 +118,8 @@ def layer_command(
     json: JsonOption = False,
 ) -> None:
     """Retrain one layer, everything else frozen, and judge it on held-out images."""
+    if no_controls and _is_stated(context, "controls"):
+        raise UsageError("--controls and --no-controls exclude each other; give one of them")
     settings: dict[str, Any] = {
         "loss": loss,
         "saliency": saliency,
@@ -112,7 +132,7 @@ def layer_command(
         "batch_size": batch_size,
         "optimizer": optimizer,
         "seed": seed,
-        "controls": not no_controls,
+        "controls": () if no_controls else parse_controls(controls),
     }
     config = RepairConfig(**settings)
 
@@ -127,6 +147,7 @@ def layer_command(
         model=model,
         device=device,
         cache_gib=cache_gib,
+        cache_disk_gib=cache_disk_gib,
         resume=resume,
         stated=frozenset(_stated(context, settings)),
         command=("repair", *sys.argv[1:]),
@@ -138,6 +159,10 @@ def layer_command(
         console.print_json(repair.info)
     else:
         console.stdout.print(repair_summary(repair))
+
+
+app.command("transfer")(transfer_command)
+app.command("compare")(compare_command)
 
 
 @app.command("export")
@@ -194,10 +219,14 @@ def export_command(
 
 def _stated(context: typer.Context, settings: dict[str, Any]) -> list[str]:
     """Return the settings that stand on the command line itself."""
-    parameters = {"r1": "no_r1", "r2": "no_r2", "controls": "no_controls"}
-    found = []
-    for name in settings:
-        source = context.get_parameter_source(parameters.get(name, name))
-        if source is not None and source.name == "COMMANDLINE":
-            found.append(name)
-    return found
+    options = {"r1": ("no_r1",), "r2": ("no_r2",), "controls": ("controls", "no_controls")}
+    return [
+        name
+        for name in settings
+        if any(_is_stated(context, option) for option in options.get(name, (name,)))
+    ]
+
+
+def _is_stated(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from audit.errors import UsageError
+from repair.controls import DEFAULT_CONTROLS, ordered_controls
 from repair.losses import LOSSES, Loss, Penalty, Scale
 
 Optimizer = Literal["sgd", "adamw"]
@@ -37,7 +38,8 @@ class RepairConfig:
         batch_size: Images per step.
         optimizer: `sgd` (momentum 0.9) or `adamw`.
         seed: Of the order of the images and of every bootstrap.
-        controls: Whether the loss is compared with plain cross entropy at equal compute.
+        controls: What the repair is compared with at equal compute, names from
+            `repair.controls.CONTROLS` in their order.
 
     Raises:
         UsageError: A value outside its range; the message names the option.
@@ -54,12 +56,13 @@ class RepairConfig:
     batch_size: int = 32
     optimizer: Optimizer = "sgd"
     seed: int = 0
-    controls: bool = True
+    controls: tuple[str, ...] = DEFAULT_CONTROLS
 
     def __post_init__(self) -> None:
         _check_choice("--loss", self.loss, tuple(LOSSES))
         _check_choice("--saliency", self.saliency, SALIENCIES)
         _check_choice("--optimizer", self.optimizer, OPTIMIZERS)
+        object.__setattr__(self, "controls", ordered_controls(self.controls))
         try:
             self.penalty  # noqa: B018 - made for its checks
         except ValueError as error:
@@ -83,15 +86,21 @@ class RepairConfig:
 
     @property
     def has_control(self) -> bool:
-        """A repair by plain cross entropy is its own control."""
-        return self.controls and self.loss != "ce"
+        """Whether plain cross entropy is trained beside it; it is its own control."""
+        return "ce" in self.controls and self.loss != "ce"
 
     def as_dict(self) -> dict[str, Any]:
-        return {_RENAMED.get(name, name): value for name, value in vars(self).items()}
+        values = {**vars(self), "controls": list(self.controls)}
+        return {_RENAMED.get(name, name): value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, recorded: Mapping[str, Any]) -> RepairConfig:
-        """Return the settings that `as_dict` recorded; entries of other kinds are left alone."""
+        """Return the settings that `as_dict` recorded; entries of other kinds are left alone.
+
+        `controls` was once true (plain cross entropy) or false (none).
+        """
+        if isinstance(recorded.get("controls"), bool):
+            recorded = {**recorded, "controls": ("ce",) if recorded["controls"] else ()}
         names = {name: _RENAMED.get(name, name) for name in cls.__dataclass_fields__}
         return cls(**{name: recorded[key] for name, key in names.items() if key in recorded})
 

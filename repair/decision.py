@@ -3,8 +3,8 @@
 The same test images are classified before, after, and by the control. A repair is accepted when it
 fixes significantly more images than it breaks (exact McNemar test), or lowers the cross entropy
 materially and with an interval that excludes zero, at no real cost in accuracy; and if no class
-collapses. The penalty is judged by the same tests against its control: plain cross entropy on the
-same layer.
+collapses. The penalty is judged by the same tests against plain cross entropy on the same layer,
+and the choice of maps and layer against the further controls of `repair.controls`.
 """
 
 from __future__ import annotations
@@ -162,6 +162,28 @@ def judge_penalty(
     return PenaltyJudgement(
         earned=False,
         sentence=f"The penalty did not earn its place: {numbers} with it (McNemar {p}).",
+    )
+
+
+def judge_control(
+    repair: Predictions, control: Predictions, difference: Difference, *, ours: str, theirs: str
+) -> str:
+    """Return in one sentence whether the repair beat a control; `difference` is repair minus it.
+
+    Args:
+        ours: What the repair did, as the subject of the sentence: "true maps".
+        theirs: What the control did: "shuffled maps".
+    """
+    if _improvement(difference) is not None:
+        outcome = "beat"
+    elif _improvement(_reversed(difference)) is not None:
+        outcome = "did worse than"
+    else:
+        outcome = "did no better than"
+    return (
+        f"{ours[:1].upper()}{ours[1:]} {outcome} {theirs}: {_accuracy_text(repair)} against "
+        f"{_accuracy_text(control)} (McNemar {_p_text(difference.mcnemar.p_value)}; cross entropy "
+        f"{_signed(difference.cross_entropy)})."
     )
 
 

@@ -2,8 +2,9 @@
 
     open what the scan saw          network, images, splits (repair.sources)
     compute the prefix once         what enters the layer, for every image (repair.cache)
-    train the layer                 by the loss; again by plain cross entropy (repair.training)
+    train the layer                 by the loss; again for each control (repair.training)
     judge on the test split         never seen by training, nor by the choice of the epoch
+    train the controls elsewhere    other layers, each with its own prefix (repair.controls)
     write the repaired network      and check by hash that nothing but the layer changed
 
 Everything lands in a folder inside the run; a repair that was killed resumes there.
@@ -12,8 +13,9 @@ Everything lands in a folder inside the run; a repair that was killed resumes th
 from __future__ import annotations
 
 import io
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,10 +35,20 @@ from audit.networks import Layer, Network, Split, write_card
 from audit.networks.network import sha256_state
 from audit.runs import RepairFolder, Run
 from audit.statistics import bootstrap_mean
-from repair.cache import GIB, CacheKind, CrossingTensors, cross_tensors, default_budget_bytes
+from audit.wording import byte_size
+from repair.cache import (
+    GIB,
+    CacheKind,
+    CrossingTensors,
+    DiskSpace,
+    RecomputedPrefix,
+    cross_tensors,
+    default_budget_bytes,
+    default_disk_bytes,
+)
 from repair.config import RepairConfig
-from repair.decision import Predictions, compare, decide, judge_penalty
-from repair.losses import LOSSES
+from repair.controls import PlannedControl, plan_controls, ranked_layers
+from repair.decision import Predictions, compare, decide, judge_control, judge_penalty
 from repair.maps import choose_gallery, map_similarity, true_class_maps
 from repair.sources import (
     Additions,
@@ -45,10 +57,14 @@ from repair.sources import (
     positions,
     with_training_images,
 )
-from repair.training import Trained, predict, train_layer
+from repair.training import DamagedCheckpointError, Trained, predict, train_layer
 
-CONTROL = "ce"
 _SPLITS = ("train", "val", "test")
+_CACHE_WORDINGS: dict[CacheKind, str] = {
+    "memory": "kept in memory",
+    "disk": "kept on disk until the repair is finished",
+    "recompute": "computed again for each batch",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +78,8 @@ class RepairRequest:
         model: Where the run's model is, if it has moved.
         device: `auto`, `cpu` or `cuda`.
         cache_gib: Memory for what crosses the cut; a quarter of what is available when None.
+        cache_disk_gib: Disk for what that memory cannot hold; when None, a quarter of what is free,
+            or nothing where `cache_gib` is 0.
         resume: Go on with the newest unfinished repair, by the settings it was started with.
         stated: Settings (fields of `RepairConfig`) that must equal those of a resumed repair.
         command: The command line, for the record.
@@ -75,6 +93,7 @@ class RepairRequest:
     model: str | None = None
     device: str = "auto"
     cache_gib: float | None = None
+    cache_disk_gib: float | None = None
     resume: bool = False
     stated: frozenset[str] = frozenset()
     command: tuple[str, ...] = ()
@@ -110,7 +129,19 @@ def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> Repa
     if resumed is not None:
         resumed.write_info(status="running", failure=None)
     try:
-        _Repair(repair, network, layer, config, request, images).finish()
+        controls, left_out = plan_controls(
+            config.controls,
+            layer,
+            network.program.layers,
+            _ranked_layers(run),
+            loss=config.loss,
+            needs_maps=config.loss_function.needs_maps,
+            seed=config.seed,
+        )
+        for sentence in left_out.values():
+            console.say(sentence)
+        repair.write_info(controls_left_out=left_out)
+        _Repair(repair, network, layer, config, request, images, controls).finish()
     except KeyboardInterrupt:
         console.say("stopped; go on with `repair layer --resume`")
         raise
@@ -182,6 +213,7 @@ class _Repair:
         config: RepairConfig,
         request: RepairRequest,
         images: _Images,
+        controls: tuple[PlannedControl, ...],
     ) -> None:
         self.folder = repair
         self.network = network
@@ -189,6 +221,7 @@ class _Repair:
         self.config = config
         self.request = request
         self.images = images
+        self.controls = controls
         self.split: Split = network.program.split(layer.name)
         self.timings_s: dict[str, float] = {}
 
@@ -196,24 +229,28 @@ class _Repair:
         """Run every step and leave a complete repair behind."""
         hashes = _hashes(self.network.program.state)
         crossing = self._cross()
-        repaired = self._train(crossing, self.config.loss, "the repair")
-        control = None
-        if self.config.has_control:
-            control = self._train(crossing, CONTROL, "the control (plain cross entropy)")
+        repaired = self._train(crossing)
+        here = [one for one in self.controls if one.layer == self.layer.name]
+        controls = [self._train_control(one, self.split, crossing) for one in here]
         with self._timed("judging"):
-            judged = self._judge(crossing["test"], repaired, control)
+            judged = self._judge(crossing["test"], repaired)
         with self._timed("maps"):
             similarity = self._write_maps(crossing["test"], judged, repaired)
+        cache = _cache_record(crossing)
+        sizes = {name: len(tensors) for name, tensors in crossing.items()}
+        crossing.clear()  # its memory goes to the layers that follow
+        controls += [self._train_elsewhere(one) for one in self.controls if one not in here]
+        controls.sort(key=lambda ran: self.controls.index(ran.plan))
         frozen = self._write_network(repaired, hashes)
-        self._write_tables(judged, similarity, repaired, control)
-        self._write_record(judged, similarity, frozen, crossing, repaired, control)
-        for loss in LOSSES:
-            self._state_path(loss).unlink(missing_ok=True)
+        self._write_tables(judged, similarity, repaired, controls)
+        self._write_record(judged, similarity, frozen, cache, sizes, repaired, controls)
+        for state in self.folder.path.glob("state-*.pt"):
+            state.unlink()
+        shutil.rmtree(self._cache_path, ignore_errors=True)
 
     def _cross(self) -> dict[str, CrossingTensors]:
-        """Return what crosses the cut, by split; memory goes to the training images first."""
-        asked = self.request.cache_gib
-        budget = default_budget_bytes() if asked is None else int(asked * GIB)
+        """Return what crosses the cut, by split; room goes to the training images first."""
+        memory_bytes, disk_bytes = _cache_budgets(self.request, self.folder.path)
         earlier: Mapping[str, CacheKind] = self.folder.info.get("cache", {}).get("splits", {})
         total = sum(map(len, self.images.positions.values()))
         crossing: dict[str, CrossingTensors] = {}
@@ -222,49 +259,120 @@ class _Repair:
             console.progress(f"computing what enters {self.layer.name}", total) as bar,
         ):
             for split in _SPLITS:
-                wanted = self.images.positions[split]
-                crossing[split] = cross_tensors(
+                tensors = crossing[split] = cross_tensors(
                     self.network,
                     self.split,
                     self.images.folder,
-                    wanted,
-                    budget_bytes=budget,
+                    self.images.positions[split],
+                    budget_bytes=memory_bytes,
+                    disk=DiskSpace(folder=self._cache_path / split, budget_bytes=disk_bytes),
                     kind=earlier.get(split),
+                    batch_size=self.config.batch_size,
                     on_skip=self.images.skip,
                     on_batch=bar.advance,
                 )
-                budget -= crossing[split].bytes
-                if crossing[split].kind == "recompute":
-                    bar.advance(len(wanted))
-        self.folder.write_info(cache=_cache_record(crossing))
-        if any(tensors.kind == "recompute" for tensors in crossing.values()):
-            console.say(
-                "not all of it fits the memory budget: some is computed again for each batch "
-                "(--cache-gib raises the budget)"
-            )
+                if isinstance(tensors, RecomputedPrefix):
+                    bar.advance(len(tensors))
+                    disk_bytes = 0 if tensors.failure else disk_bytes
+                elif tensors.kind == "disk":
+                    disk_bytes -= tensors.bytes
+                else:
+                    memory_bytes -= tensors.bytes
+                record = _cache_record(crossing)
+                # Split by split: a kill between two of them must not change what was chosen.
+                record["splits"] = {**earlier, **record["splits"]}
+                self.folder.write_info(cache=record)
+        console.say(_cache_line(self.layer.name, crossing))
         return crossing
 
-    def _train(self, crossing: Mapping[str, CrossingTensors], loss: str, what: str) -> Trained:
+    @property
+    def _cache_path(self) -> Path:
+        return self.folder.path / "cache"
+
+    def _train(self, crossing: Mapping[str, CrossingTensors]) -> Trained:
+        trained = self._epochs("the repair", self.split, crossing, loss=self.config.loss)
+        self.timings_s["repair"] = trained.seconds
+        return trained
+
+    def _epochs(
+        self,
+        what: str,
+        split: Split,
+        crossing: Mapping[str, CrossingTensors],
+        *,
+        loss: str,
+        control: PlannedControl | None = None,
+    ) -> Trained:
         with console.progress(f"training {what}, epochs", self.config.epochs) as bar:
             trained = train_layer(
-                self.split,
+                split,
                 crossing["train"],
                 crossing["val"],
                 self.config,
                 loss=loss,
-                state_path=self._state_path(loss),
+                role=control.name if control else "repair",
+                shuffled=control is not None and control.shuffled,
+                state_path=self._state_path(control.name if control else loss),
                 on_epoch=lambda row: bar.advance(),
             )
         if trained.stopped:
             console.say(f"{what} {trained.stopped}")
-        self.timings_s["repair" if loss == self.config.loss else loss] = trained.seconds
         return trained
 
-    def _judge(self, test: CrossingTensors, repaired: Trained, control: Trained | None) -> _Judged:
+    def _train_control(
+        self, plan: PlannedControl, split: Split, crossing: Mapping[str, CrossingTensors]
+    ) -> _Control:
+        """Train and judge a control; one whose checkpoint is damaged starts again."""
+        what = f"the control {plan.name}"
+        try:
+            trained = self._epochs(what, split, crossing, loss=plan.loss, control=plan)
+        except DamagedCheckpointError:
+            console.say(f"the checkpoint of {what} is damaged; it starts again")
+            self._state_path(plan.name).unlink()
+            trained = self._epochs(what, split, crossing, loss=plan.loss, control=plan)
+        self.timings_s[plan.name] = trained.seconds
+        said, _ = predict(split, crossing["test"], trained.parameters)
+        return _Control(plan=plan, trained=trained, predictions=said)
+
+    def _train_elsewhere(self, plan: PlannedControl) -> _Control:
+        """Train and judge a control on another layer, which has a prefix of its own."""
+        split = self.network.program.split(plan.layer)
+        return self._train_control(plan, split, self._cross_elsewhere(plan, split))
+
+    def _cross_elsewhere(self, plan: PlannedControl, split: Split) -> dict[str, CrossingTensors]:
+        """Return what crosses the cut of a control's layer, by split, as `_cross` does."""
+        asked = self.request.cache_gib
+        budget = default_budget_bytes() if asked is None else int(asked * GIB)
+        recorded: Mapping[str, Any] = self.folder.info.get("control_caches", {})
+        earlier: Mapping[str, CacheKind] = recorded.get(plan.name, {})
+        total = sum(map(len, self.images.positions.values()))
+        crossing: dict[str, CrossingTensors] = {}
+        with (
+            self._timed(f"cache of {plan.name}"),
+            console.progress(f"computing what enters {plan.layer}", total) as bar,
+        ):
+            for name in _SPLITS:
+                crossing[name] = cross_tensors(
+                    self.network,
+                    split,
+                    self.images.folder,
+                    self.images.positions[name],
+                    budget_bytes=budget,
+                    kind=earlier.get(name),
+                    on_skip=self.images.skip,
+                    on_batch=bar.advance,
+                )
+                budget -= crossing[name].bytes
+                if crossing[name].kind == "recompute":
+                    bar.advance(len(crossing[name]))
+        kinds = {name: tensors.kind for name, tensors in crossing.items()}
+        self.folder.write_info(control_caches={**recorded, plan.name: kinds})
+        return crossing
+
+    def _judge(self, test: CrossingTensors, repaired: Trained) -> _Judged:
         before, found = predict(self.split, test)
         after, _ = predict(self.split, test, repaired.parameters)
-        other = predict(self.split, test, control.parameters)[0] if control else None
-        return _Judged(before=before, after=after, control=other, positions=found)
+        return _Judged(before=before, after=after, positions=found)
 
     def _write_maps(
         self, test: CrossingTensors, judged: _Judged, repaired: Trained
@@ -342,9 +450,10 @@ class _Repair:
         judged: _Judged,
         similarity: np.ndarray | None,
         repaired: Trained,
-        control: Trained | None,
+        controls: Sequence[_Control],
     ) -> None:
-        self.folder.write_history(repaired.history + (control.history if control else []))
+        histories = [repaired.history, *(control.trained.history for control in controls)]
+        self.folder.write_history([row for history in histories for row in history])
         records = [self.images.folder.records[int(place)] for place in judged.positions]
         columns: dict[str, Any] = {
             "path": [record.path for record in records],
@@ -354,8 +463,9 @@ class _Repair:
             **self._columns(judged.before, "before"),
             **self._columns(judged.after, "after"),
         }
-        if judged.control is not None:
-            columns |= self._columns(judged.control, "control")
+        plain = _plain(controls)
+        if plain is not None:
+            columns |= self._columns(plain.predictions, "control")
         if similarity is not None:
             columns["ssim"] = similarity
         self.folder.write_images(columns)
@@ -375,9 +485,10 @@ class _Repair:
         judged: _Judged,
         similarity: np.ndarray | None,
         frozen: Mapping[str, Any],
-        crossing: Mapping[str, CrossingTensors],
+        cache: Mapping[str, Any],
+        sizes: Mapping[str, int],
         repaired: Trained,
-        control: Trained | None,
+        controls: Sequence[_Control],
     ) -> None:
         seed, classes = self.config.seed, self.network.card.classes
         difference = compare(judged.before, judged.after, seed=seed)
@@ -398,49 +509,71 @@ class _Repair:
                 "sha256_after": sha256_file(self.folder.weights),
             },
             frozen=frozen,
-            cache=_cache_record(crossing),
+            cache=cache,
             data=self.images.as_dict(),
-            splits={name: len(tensors) for name, tensors in crossing.items()},
+            splits=sizes,
             training=_training_record(repaired),
             before=judged.before.metrics(classes, seed=seed),
             after=judged.after.metrics(classes, seed=seed),
             difference=difference.as_dict(),
-            controls=self._control_records(judged, control),
+            controls=[self._control_record(judged, control) for control in controls],
             ssim=_ssim_record(similarity, seed),
             decision=verdict,
             reasons=reasons,
-            penalty=self._penalty_record(judged),
+            penalty=self._penalty_record(judged, controls),
             timings_s=self.timings_s,
             peak_memory_mib=peak_memory_mib(),
         )
 
-    def _control_records(self, judged: _Judged, control: Trained | None) -> list[dict[str, Any]]:
-        if control is None or judged.control is None:
-            return []
+    def _control_record(self, judged: _Judged, control: _Control) -> dict[str, Any]:
         seed, classes = self.config.seed, self.network.card.classes
-        return [
-            {
-                "name": CONTROL,
-                "description": "plain cross entropy on the same layer: same images, order, steps "
-                "and learning rate",
-                "after": judged.control.metrics(classes, seed=seed),
-                "difference": compare(judged.before, judged.control, seed=seed).as_dict(),
-                "versus_repair": compare(judged.control, judged.after, seed=seed).as_dict(),
-                **_training_record(control),
-            }
+        said = control.predictions
+        return {
+            "name": control.plan.name,
+            "description": control.plan.description,
+            "layer": control.plan.layer,
+            "alias": self.network.layer(control.plan.layer).alias,
+            "loss": control.plan.loss,
+            "after": said.metrics(classes, seed=seed),
+            "difference": compare(judged.before, said, seed=seed).as_dict(),
+            "versus_repair": compare(said, judged.after, seed=seed).as_dict(),
+            **_training_record(control.trained),
+        }
+
+    def _penalty_record(self, judged: _Judged, controls: Sequence[_Control]) -> dict[str, Any]:
+        earned, sentence = self._penalty_judgement(judged, _plain(controls))
+        further = [
+            judge_control(
+                judged.after,
+                control.predictions,
+                compare(control.predictions, judged.after, seed=self.config.seed),
+                ours=control.plan.ours,
+                theirs=control.plan.theirs,
+            )
+            for control in controls
+            if control.plan.theirs
         ]
+        left_out = self.folder.info.get("controls_left_out", {}).values()
+        return {
+            "earned": earned,
+            "sentence": sentence,
+            "sentences": [sentence, *further, *left_out],
+        }
 
-    def _penalty_record(self, judged: _Judged) -> dict[str, Any]:
+    def _penalty_judgement(
+        self, judged: _Judged, plain: _Control | None
+    ) -> tuple[bool | None, str]:
         if not self.config.loss_function.needs_maps:
-            return {"earned": None, "sentence": "No penalty was used."}
-        if judged.control is None:
-            return {"earned": None, "sentence": "The penalty was not judged: no control was run."}
-        versus = compare(judged.control, judged.after, seed=self.config.seed)
-        judgement = judge_penalty(judged.after, judged.control, versus)
-        return {"earned": judgement.earned, "sentence": judgement.sentence}
+            return None, "No penalty was used."
+        if plain is None:
+            return None, "The penalty was not judged: plain cross entropy was not run beside it."
+        versus = compare(plain.predictions, judged.after, seed=self.config.seed)
+        judgement = judge_penalty(judged.after, plain.predictions, versus)
+        return judgement.earned, judgement.sentence
 
-    def _state_path(self, loss: str) -> Path:
-        return self.folder.path / f"state-{loss}.pt"
+    def _state_path(self, name: str) -> Path:
+        """Return where a training's checkpoint lies: the repair's by its loss, others by name."""
+        return self.folder.path / f"state-{name}.pt"
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
@@ -455,8 +588,29 @@ class _Judged:
 
     before: Predictions
     after: Predictions
-    control: Predictions | None
     positions: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Control:
+    """A control that was trained, and what it says about the test split."""
+
+    plan: PlannedControl
+    trained: Trained
+    predictions: Predictions
+
+
+def _plain(controls: Sequence[_Control]) -> _Control | None:
+    """Return the control by plain cross entropy on the same layer, None where it was not run."""
+    return next((control for control in controls if control.plan.name == "ce"), None)
+
+
+def _ranked_layers(run: Run) -> list[str]:
+    """Return the run's layers, best first; none where the run has no table of them."""
+    try:
+        return ranked_layers(run.layers)
+    except RunError:
+        return []
 
 
 def _unfinished(run: Run, request: RepairRequest) -> RepairFolder:
@@ -477,7 +631,8 @@ def _recorded_settings(
         asked, was = getattr(config, name), getattr(recorded, name)
         if asked != was:
             raise UsageError(
-                f"{repair.name} was started with {name.replace('_', ' ')} {was}, not {asked}; "
+                f"{repair.name} was started with {name.replace('_', ' ')} {_shown(was)}, not "
+                f"{_shown(asked)}; "
                 "leave it out to resume, or start a new repair without --resume"
             )
     train = repair.info["config"].get("train")
@@ -487,6 +642,10 @@ def _recorded_settings(
         layer=repair.layer,
         train=request.train or (Path(train) if train else None),
     )
+
+
+def _shown(setting: object) -> str:
+    return (",".join(setting) or "none") if isinstance(setting, tuple) else str(setting)
 
 
 def _check_has_maps(layer: Layer, config: RepairConfig) -> None:
@@ -523,6 +682,36 @@ def _cache_record(crossing: Mapping[str, CrossingTensors]) -> dict[str, Any]:
         "seconds": sum(tensors.seconds for tensors in crossing.values()),
         "splits": {name: tensors.kind for name, tensors in crossing.items()},
     }
+
+
+def _cache_budgets(request: RepairRequest, folder: Path) -> tuple[int, int]:
+    """Return what the cache may take in memory and on the disk, in bytes."""
+    memory, disk = request.cache_gib, request.cache_disk_gib
+    if disk is None and memory == 0:  # asks for no cache at all
+        disk = 0
+    return (
+        default_budget_bytes() if memory is None else int(memory * GIB),
+        default_disk_bytes(folder) if disk is None else int(disk * GIB),
+    )
+
+
+def _cache_line(layer: str, crossing: Mapping[str, CrossingTensors]) -> str:
+    """Return where the tensors are, in one line, and why where they are nowhere."""
+    failures = [t.failure for t in crossing.values() if isinstance(t, RecomputedPrefix)]
+    why = next(filter(None, failures), None)
+    reason = (
+        f"the disk cache failed: {why}"
+        if why
+        else "it exceeds the budgets; --cache-gib and --cache-disk-gib raise them"
+    )
+    parts = []
+    for kind, wording in _CACHE_WORDINGS.items():
+        names = [name for name, tensors in crossing.items() if tensors.kind == kind]
+        size = sum(crossing[name].bytes for name in names)
+        amount = reason if kind == "recompute" else byte_size(size)
+        if names:
+            parts.append(f"{wording} for {', '.join(names)} ({amount})")
+    return f"what enters {layer} is {', '.join(parts)}"
 
 
 def _training_record(trained: Trained) -> dict[str, Any]:

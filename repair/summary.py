@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from audit.runs import RepairFolder
+from audit.wording import penalty_sentences
 
 Record = Mapping[str, Any]
 
@@ -21,7 +22,7 @@ def repair_summary(repair: RepairFolder) -> RenderableType:
     layer = info["layer"] + (f" ({info['alias']})" if info.get("alias") else "")
     lines: list[RenderableType] = [
         Text(f"Repair of {layer}: {info['decision']}", style="bold"),
-        Text(info["penalty"]["sentence"]),
+        *(Text(sentence) for sentence in penalty_sentences(info)),
         _metrics_table(info),
         *(Text(f"- {reason}") for reason in info["reasons"]),
         Text(_frozen_line(info["frozen"])),
@@ -30,6 +31,57 @@ def repair_summary(repair: RepairFolder) -> RenderableType:
         lines.append(Text(f"Maps before and after: SSIM {_interval(info['ssim'], digits=3)}"))
     lines.append(Text(f"Weights of epoch {info['training']['best_epoch']}, by validation."))
     lines.append(Text(f"Repair folder: {repair.path}"))
+    return Group(*lines)
+
+
+def transfer_summary(record: Record) -> RenderableType:
+    """Return the outcome of a transfer: the penalty's verdict, the numbers, what to do next."""
+    lines: list[RenderableType] = [
+        Text(f"New head for {', '.join(record['classes'])}", style="bold"),
+        Text(record["penalty"]["sentence"]),
+    ]
+    table = Table("held-out images", "accuracy", "cross entropy", "worst class")
+    rows = [("new head", record["after"])]
+    if record["control"] is not None:
+        rows.append((f"control: {record['control']['name']}", record["control"]["after"]))
+    for name, metrics in rows:
+        table.add_row(name, *_metrics_cells(metrics))
+    lines.append(table)
+    if record["ssim"] is not None:
+        lines.append(Text(f"Maps beside the control's: SSIM {_interval(record['ssim'], digits=3)}"))
+    lines.append(Text(f"Weights of epoch {record['best_epoch']}, by validation."))
+    lines.append(Text(f"Model: {record['out']}; go on with `audit scan {record['out']}`"))
+    return Group(*lines)
+
+
+def comparison_summary(record: Record) -> RenderableType:
+    """Return both networks side by side, the paired difference, and how alike their maps are."""
+    table = Table(f"{record['images']} images", "accuracy", "cross entropy", "worst class", "ECE")
+    for which in ("first", "second"):
+        metrics = record[which]
+        name = Path(metrics["source"]).name
+        table.add_row(name, *_metrics_cells(metrics), f"{metrics['calibration_error']:.3f}")
+    difference = record["difference"]
+    test, accuracy = difference["mcnemar"], difference["accuracy"]
+    value, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))
+    lines: list[RenderableType] = [
+        table,
+        Text(
+            f"Second minus first: {value:+.1f} points [{low:+.1f}, {high:+.1f}]; the second is "
+            f"right on {test['fixed']} that the first gets wrong, and wrong on {test['broken']} "
+            f"that it gets right (McNemar p = {test['p_value']:.3f})."
+        ),
+        Text(f"Cross entropy: {_interval(difference['cross_entropy'], digits=3)} nats."),
+    ]
+    if record["maps"] is not None:
+        maps = record["maps"]
+        lines.append(Text(f"Maps of {maps['layer']}: SSIM {_interval(maps['ssim'], digits=3)}"))
+    if record["changed"] is not None:
+        names, total = record["changed"]["differing"], record["changed"]["tensors"]
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        lines.append(
+            Text(f"Tensors that differ: {len(names)} of {total}{': ' if names else ''}{shown}")
+        )
     return Group(*lines)
 
 
@@ -54,14 +106,17 @@ def _metrics_table(info: Record) -> Table:
     rows = [("before", info["before"]), ("after", info["after"])]
     rows += [(f"control: {c['name']}", c["after"]) for c in info["controls"]]
     for name, metrics in rows:
-        worst = metrics["worst_class"]
-        table.add_row(
-            name,
-            f"{_percent(metrics['accuracy'])}",
-            _interval(metrics["cross_entropy"], digits=3),
-            f"{100 * worst['value']:.1f} % {worst['name']}" if worst else "",
-        )
+        table.add_row(name, *_metrics_cells(metrics))
     return table
+
+
+def _metrics_cells(metrics: Record) -> tuple[str, str, str]:
+    worst = metrics["worst_class"]
+    return (
+        _percent(metrics["accuracy"]),
+        _interval(metrics["cross_entropy"], digits=3),
+        f"{100 * worst['value']:.1f} % {worst['name']}" if worst else "",
+    )
 
 
 def _frozen_line(frozen: Record) -> str:

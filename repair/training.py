@@ -25,6 +25,7 @@ from audit.files import replacing
 from audit.saliency import trainable_maps
 from repair.cache import CrossingTensors
 from repair.config import Optimizer, RepairConfig
+from repair.controls import map_rotation
 from repair.decision import Predictions
 from repair.losses import LOSSES, LossTerms, cross_entropy
 
@@ -83,6 +84,10 @@ class _State:
     optimizer: torch.optim.Optimizer
 
 
+class DamagedCheckpointError(RunError):
+    """A checkpoint that cannot be read."""
+
+
 class _DivergedError(Exception):
     """A loss or gradient that is not finite; says which."""
 
@@ -95,6 +100,8 @@ def train_layer(
     *,
     loss: str,
     also: Mapping[str, Tensor] | None = None,
+    role: str | None = None,
+    shuffled: bool = False,
     state_path: Path | None = None,
     on_epoch: Callable[[Row], None] | None = None,
 ) -> Trained:
@@ -107,9 +114,14 @@ def train_layer(
         config: Settings; `config.loss` is not read, so that a control differs in `loss` alone.
         loss: A name from `LOSSES`.
         also: Further state entries after the cut that learn too, with their first values.
+        role: What the history calls it; `repair` or the name of the loss when None.
+        shuffled: Charge each image for the map of another one of its batch.
         state_path: Checkpoint, written after each epoch; where one lies already, training goes on
             from it.
         on_epoch: Called with the history row of each finished epoch.
+
+    Raises:
+        DamagedCheckpointError: What lies at `state_path` cannot be read.
     """
     first_values = {**split.parameters, **(also or {})}
     state = _start(first_values, split, validation, config, loss)
@@ -118,7 +130,7 @@ def train_layer(
     with _deterministic_kernels():
         while state.epoch < config.epochs and state.stopped is None:
             started_s = time.perf_counter()
-            row = _one_epoch(state, split, train, validation, config, loss)
+            row = _one_epoch(state, split, train, validation, config, loss, shuffled)
             row["seconds"] = time.perf_counter() - started_s
             state.seconds += row["seconds"]
             state.history.append(row)
@@ -126,7 +138,10 @@ def train_layer(
                 _save(state, state_path)
             if on_epoch is not None:
                 on_epoch(row)
-    history = [{**row, "best": row["epoch"] == state.best_epoch} for row in state.history]
+    history = [
+        {**row, "role": role or row["role"], "best": row["epoch"] == state.best_epoch}
+        for row in state.history
+    ]
     return Trained(
         parameters=state.best,
         history=history,
@@ -172,12 +187,18 @@ def loss_terms(
     parameters: Mapping[str, Tensor],
     config: RepairConfig,
     loss: str,
+    *,
+    rotation: int = 0,
 ) -> LossTerms:
-    """Return the loss of each image of a batch, differentiable in the parameters."""
+    """Return the loss of each image of a batch, differentiable in the parameters.
+
+    Args:
+        rotation: Image i is charged for the map of image i - rotation.
+    """
     chosen = LOSSES[loss]
     if chosen.needs_maps:
         maps, logits = trainable_maps(split, crossing, parameters, labels)
-        return chosen.terms(logits, maps, labels, config.penalty)
+        return chosen.terms(logits, maps.roll(rotation, dims=0), labels, config.penalty)
     return chosen.terms(split.suffix(crossing, parameters), None, labels, config.penalty)
 
 
@@ -207,12 +228,13 @@ def _one_epoch(
     validation: CrossingTensors,
     config: RepairConfig,
     loss: str,
+    shuffled: bool,
 ) -> Row:
     """Train through all images once, validate, and keep or roll back; return the history row."""
     state.epoch += 1
     row: Row = {"role": _role(config, loss), "epoch": state.epoch}
     try:
-        row |= _learn(state, split, train, config, loss)
+        row |= _learn(state, split, train, config, loss, shuffled)
         row |= _validate(state, split, validation)
         _check_validation(row["val_ce"], state.history[0]["val_ce"])
     except _DivergedError as diverged:
@@ -228,7 +250,12 @@ def _one_epoch(
 
 
 def _learn(
-    state: _State, split: Split, train: CrossingTensors, config: RepairConfig, loss: str
+    state: _State,
+    split: Split,
+    train: CrossingTensors,
+    config: RepairConfig,
+    loss: str,
+    shuffled: bool,
 ) -> Row:
     leaves = list(state.leaves.values())
     totals: dict[str, float] = {}
@@ -237,7 +264,12 @@ def _learn(
         batch = train.batch(rows)
         if not len(batch.positions):
             continue
-        terms = loss_terms(split, batch.crossing, batch.labels, state.leaves, config, loss)
+        rotation = 0
+        if shuffled:
+            rotation = map_rotation(len(batch.positions), seed=config.seed, step=state.steps + 1)
+        terms = loss_terms(
+            split, batch.crossing, batch.labels, state.leaves, config, loss, rotation=rotation
+        )
         mean = terms.loss.mean()
         gradients = torch.autograd.grad(mean, leaves, allow_unused=True, materialize_grads=True)
         _check_finite(mean, gradients, state.steps + 1)
@@ -337,7 +369,7 @@ def _restore(state: _State, path: Path) -> None:
                 state.best[name].copy_(document["best"][name])
         state.optimizer.load_state_dict(document["optimizer"])
     except Exception as error:
-        raise RunError(
+        raise DamagedCheckpointError(
             f"the checkpoint {path} is damaged; start the repair again without --resume"
         ) from error
     for name in ("epoch", "steps", "seconds", "stopped", "best_epoch", "best_entropy", "history"):

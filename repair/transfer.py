@@ -1,36 +1,79 @@
-"""New classes for a trained network: its features under a fresh head, trained with the penalty.
+"""Teach a trained network other classes: `repair transfer`.
 
-    features        the network up to its last feature maps, frozen, computed once per image
-    transfer        1x1 convolution with 256 filters, then a rectifier
-    classifier      mean over all positions, then one linear layer
+    put a new head on its features     1x1 convolution and classifier (repair.new_head)
+    compute the features once          they are frozen (repair.cache)
+    train the head                     by the loss, whose maps are those of the new convolution;
+                                       again by plain cross entropy (repair.training)
+    judge on the test split            which training never saw
+    write an exported program          with its card, for `audit scan`, and a record of all numbers
 
-Both new layers learn, by a loss of `repair.losses` whose maps are those of the new convolution.
 Source: Halliwell and Lecue 2020, section 4.1.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
 
-from audit.errors import NetworkError
-from audit.networks import Network, Split
-from audit.networks.network import sha256_state
-from audit.networks.program import Program
-from repair.cache import CrossingTensors
+from audit import console
+from audit.environment import choose_device, device_record, versions
+from audit.errors import UsageError
+from audit.files import write_bytes, write_json
+from audit.images import ImageFolder, Split, class_names, open_image_folder
+from audit.networks import Network, open_network, write_card
+from audit.statistics import bootstrap_mean
+from repair.cache import GIB, CrossingTensors, cross_tensors, default_budget_bytes
 from repair.config import RepairConfig
 from repair.decision import Predictions, compare, judge_penalty
 from repair.maps import map_similarity, true_class_maps
+from repair.new_head import FILTERS, head_split, with_new_head
+from repair.sources import positions
 from repair.training import Row, Trained, predict, train_layer
 
-FILTERS = 256
-CONVOLUTION, CLASSIFIER = "transfer", "classifier"
+_SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferRequest:
+    """What to teach which network, and with what at hand; `RepairConfig` decides the numbers.
+
+    Attributes:
+        model: A model file or a registry name.
+        data: Image folder, one sub-folder per new class.
+        out: The exported program to write; its card (.toml) and record (.json) stand beside it.
+        filters: Of the new 1x1 convolution.
+        arch: Architecture of a state dict.
+        device: `auto`, `cpu` or `cuda`.
+        cache_gib: Memory for the features; a quarter of what is available when None.
+        command: The command line, for the record.
+        trust_pickle: Let a pickled module run its code.
+        code: Folder with the code of a pickled module.
+    """
+
+    model: str
+    data: Path
+    out: Path
+    filters: int = FILTERS
+    arch: str | None = None
+    device: str = "auto"
+    cache_gib: float | None = None
+    command: tuple[str, ...] = ()
+    trust_pickle: bool = False
+    code: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.filters < 1:
+            raise UsageError(f"--filters is {self.filters}; expected at least 1")
+        if self.out.suffix != ".pt2":
+            raise UsageError(
+                f"--out is {self.out}; an exported program is written, so its name ends in .pt2"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,61 +95,79 @@ class Transferred:
     control: Predictions | None
     ssim: np.ndarray | None
 
-    def penalty_sentence(self, *, seed: int) -> str:
-        if self.control is None:
-            return "The penalty was not judged: no control was run."
-        difference = compare(self.control, self.test, seed=seed)
-        return judge_penalty(self.test, self.control, difference).sentence
+    def as_dict(self, classes: Sequence[str], *, seed: int) -> dict[str, Any]:
+        """Return the numbers for the record, with intervals."""
+        document: dict[str, Any] = {
+            "after": self.test.metrics(classes, seed=seed),
+            "control": None,
+            "penalty": {"earned": None, "sentence": "The penalty was not judged: no control ran."},
+            "ssim": None,
+            "history": self.trained.history,
+            "best_epoch": self.trained.best_epoch,
+            "stopped": self.trained.stopped,
+        }
+        if self.control is not None and self.ssim is not None:
+            difference = compare(self.control, self.test, seed=seed)
+            judgement = judge_penalty(self.test, self.control, difference)
+            document["control"] = {
+                "name": "ce",
+                "after": self.control.metrics(classes, seed=seed),
+                "versus": difference.as_dict(),
+            }
+            document["penalty"] = {"earned": judgement.earned, "sentence": judgement.sentence}
+            document["ssim"] = bootstrap_mean(self.ssim, seed=seed).as_dict()
+        return document
 
 
-def with_new_head(
-    network: Network, classes: Sequence[str], *, filters: int = FILTERS, seed: int = 0
-) -> Network:
-    """Return the network's features under an untrained head for other classes.
-
-    Args:
-        network: Its last feature maps, before pooling, are what the head reads.
-        classes: One per output, in order.
-        filters: Of the new 1x1 convolution.
-        seed: Of the head's initial weights (PyTorch's default initialization).
+def transfer_network(request: TransferRequest, config: RepairConfig) -> dict[str, Any]:
+    """Write the network with its new head, its card and its record; return the record.
 
     Raises:
-        NetworkError: The network has no feature maps (B, C, H, W) that everything passes through.
+        LayermendError: The model, the images or the place to write cannot be used.
     """
-    program = network.program
-    features, channels = _features(program)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = {
-            CONVOLUTION: nn.Conv2d(channels, filters, kernel_size=1),
-            "rectifier": nn.ReLU(),
-            "pool": nn.AdaptiveAvgPool2d(1),
-            "flatten": nn.Flatten(),
-            CLASSIFIER: nn.Linear(filters, len(classes)),
-        }
-    module = nn.Sequential(OrderedDict([("features", features), *head.items()]))
-    module = module.to(device=program.device, dtype=program.dtype)
-    changed = Program.capture(module.eval(), program.input_size, device=program.device)
-    card = replace(
-        network.card,
-        arch=None,
-        arch_args={},
-        classes=tuple(classes),
-        provenance={
-            **network.card.provenance,
-            "head": f"1x1 convolution with {filters} filters, mean, linear; seed {seed}",
-            "features_of": network.source,
-            "features_of_sha256": network.sha256,
-        },
+    present = [path for path in (request.out, _record_path(request.out)) if path.exists()]
+    if present:
+        raise UsageError(f"{present[0]} is there already; give another name with --out")
+    device = choose_device(request.device)
+    classes = class_names(request.data)
+    if len(classes) < 2:
+        raise UsageError(
+            f"{request.data} holds the class {', '.join(classes)} alone; a classifier needs two"
+        )
+    network = open_network(
+        request.model,
+        arch=request.arch,
+        trust_pickle=request.trust_pickle,
+        code=request.code,
+        device=device,
     )
-    return replace(network, program=changed, card=card, sha256=sha256_state(changed.state))
-
-
-def head_split(network: Network) -> tuple[Split, dict[str, Tensor]]:
-    """Return the cut before the new convolution, and the classifier's parameters by state entry."""
-    program = network.program
-    names = program.layer(CLASSIFIER).parameter_names
-    return program.split(CONVOLUTION), {name: program.state[name] for name in names}
+    folder = open_image_folder(request.data, classes, seed=config.seed)
+    start = with_new_head(network, classes, filters=request.filters, seed=config.seed)
+    crossing = _cross(start, folder, request)
+    trainings = 2 if config.has_control else 1
+    with console.progress("training the new head, epochs", trainings * config.epochs) as bar:
+        found = transfer(start, crossing, config, on_epoch=lambda row: bar.advance())
+    if found.trained.stopped:
+        console.say(f"training {found.trained.stopped}")
+    record = {
+        "command": list(request.command),
+        "config": {**config.as_dict(), "filters": request.filters},
+        "versions": versions(),
+        "device": device_record(device),
+        "model": {"source": network.source, "sha256": network.sha256},
+        "data": {"root": str(folder.root), "fingerprint": folder.fingerprint},
+        "classes": list(classes),
+        "splits": {name: len(tensors) for name, tensors in crossing.items()},
+        **found.as_dict(classes, seed=config.seed),
+        "out": str(request.out),
+    }
+    buffer = io.BytesIO()
+    torch.export.save(found.network.program.to_exported(), buffer)
+    request.out.parent.mkdir(parents=True, exist_ok=True)
+    write_card(found.network.card, request.out.with_suffix(".toml"))
+    write_json(_record_path(request.out), record)
+    write_bytes(request.out, buffer.getvalue())  # last: where it is, all is
+    return record
 
 
 def transfer(
@@ -156,39 +217,23 @@ def transfer(
     )
 
 
-def _features(program: Program) -> tuple[nn.Module, int]:
-    """Return the network up to its last feature maps, and how many channels these have."""
-    module = program.to_exported().module()
-    assert isinstance(module, fx.GraphModule)
-    nodes = list(module.graph.nodes)
-    cut = next((node for node in reversed(nodes) if _is_feature_maps(node)), None)
-    if cut is None or _passed_by(nodes, cut):
-        raise NetworkError(
-            "this network has no last feature maps (batch, channels, height, width) that all of it "
-            "passes through, so a new head has nowhere to stand; give a convolutional classifier"
-        )
-    nodes[-1].args = ((cut,),)
-    for node in reversed(nodes):
-        if node.op == "call_module" and not node.users:  # checks of the inputs' shapes
-            module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
-    return fx.GraphModule(module, module.graph), int(cut.meta["val"].shape[1])
+def _cross(
+    start: Network, folder: ImageFolder, request: TransferRequest
+) -> dict[str, CrossingTensors]:
+    """Return the features of every image, by split."""
+    asked = request.cache_gib
+    budget = default_budget_bytes() if asked is None else int(asked * GIB)
+    split, _ = head_split(start)
+    wanted = {name: positions(folder, name) for name in _SPLITS}
+    crossing: dict[str, CrossingTensors] = {}
+    with console.progress("computing features", sum(map(len, wanted.values()))) as bar:
+        for name, chosen in wanted.items():
+            crossing[name] = cross_tensors(
+                start, split, folder, chosen, budget_bytes=budget, on_batch=bar.advance
+            )
+            budget -= crossing[name].bytes
+    return crossing
 
 
-def _is_feature_maps(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return (
-        node.op == "call_function"
-        and isinstance(value, Tensor)
-        and value.dim() == 4
-        and int(value.shape[2] * value.shape[3]) > 1
-    )
-
-
-def _passed_by(nodes: Sequence[fx.Node], cut: fx.Node) -> bool:
-    """Return whether anything of the image reaches the output without passing the cut."""
-    reached: set[Any] = {node for node in nodes if node.op == "placeholder"}
-    for node in nodes:
-        if node is not cut and any(source in reached for source in node.all_input_nodes):
-            reached.add(node)
-    return nodes[-1] in reached
+def _record_path(out: Path) -> Path:
+    return out.with_suffix(".json")

@@ -14,6 +14,7 @@ from audit.wording import (
     layer_title,
     model_title,
     moment,
+    penalty_sentences,
     repair_figures,
     scan_figures,
     verdict_headline,
@@ -79,10 +80,10 @@ def _show_repair(repair: RepairFolder) -> None:
     if not info.get("after"):
         return
     st.html(part("figures", repair_figures(info)))
-    penalty = info.get("penalty") or {}
-    if penalty.get("sentence"):
-        tone = "good" if penalty.get("earned") else "open"
-        st.html(part("banner", tone, "Did the penalty earn its place?", [penalty["sentence"]]))
+    sentences = penalty_sentences(info)
+    if sentences:
+        tone = "good" if (info.get("penalty") or {}).get("earned") else "open"
+        st.html(part("banner", tone, "Did the penalty earn its place?", sentences))
     st.html(part("section", "Beside its controls", "Same images, same compute."))
     st.html(part("table", comparison_rows(info), COMPARISON_NUMBERS))
 

@@ -11,7 +11,7 @@ import pytest
 from audit.rendering import part
 from audit.report import write_report
 from audit.runs import Run
-from tests.run_builder import HOSTILE_CLASS, HOSTILE_NAME, build_all, build_run
+from tests.run_builder import HOSTILE_CLASS, HOSTILE_NAME, SHUFFLED, build_all, build_run
 
 STATES = ("healthy", "broken", "rejected", "running", "accepted")
 # What a browser fetches of its own accord.
@@ -95,6 +95,8 @@ def test_a_penalty_that_did_no_good_is_said_in_the_first_lines(
     text = _report(runs["rejected"], tmp_path).text
     said = text.index("The penalty did no better than plain cross entropy")
     assert said < text.index("Layers, from input to output")
+    assert text.count(SHUFFLED) == 1
+    assert text.index("Did the penalty earn its place?") < text.index(SHUFFLED)
 
 
 def test_every_gallery_image_has_its_maps_before_and_after(

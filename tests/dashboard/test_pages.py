@@ -13,7 +13,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from audit.runs import Run
-from tests.run_builder import FAULTY, HOSTILE_CLASS, HOSTILE_NAME, build_all, build_run
+from tests.run_builder import FAULTY, HOSTILE_CLASS, HOSTILE_NAME, SHUFFLED, build_all, build_run
 
 APP = Path(__file__).resolve().parents[2] / "dashboard" / "app.py"
 PAGES = ("overview", "layers", "images", "accuracy", "export")
@@ -98,6 +98,7 @@ def test_a_rejected_repair_says_so_and_why(visit, runs) -> None:  # type: ignore
     assert "Repair rejected" in text
     assert "includes zero: the gain may be chance" in text
     assert "The penalty did no better than plain cross entropy" in text
+    assert SHUFFLED in text
     assert "Not exported yet." in text
 
 

@@ -24,7 +24,7 @@ from repair.layer import RepairRequest, repair_layer
 CLASSES = ("disk", "square", "stripes")
 DAMAGED = "block2_conv1"
 SIDE = 24
-CONFIG = RepairConfig(epochs=4, learning_rate=0.02)
+CONFIG = RepairConfig(epochs=4, learning_rate=0.02, controls=("ce",))
 WIDTHS, CONVOLUTIONS = (6, 8, 10), (1, 1, 2)
 
 

@@ -44,10 +44,11 @@ def test_repair_and_export_print_their_outcome(
 ) -> None:
     make_run()
     monkeypatch.chdir(tmp_path)  # the newest run under ./runs
-    code, out, err = command("layer", "--epochs", "2", "--lr", "0.02")
+    code, out, err = command("layer", "--epochs", "2", "--lr", "0.02", "--controls", "ce,shuffled")
     assert code == 0, err
     assert "Repair of block2_conv1: accepted" in out
     assert "The penalty" in out.splitlines()[1]
+    assert "True maps " in out and "control: shuffled" in out
     assert "Bit-identical outside the layer: 8 of 8 tensors" in out
     assert "training the control" in err and "training" not in out
     code, out, err = command("export")
@@ -79,6 +80,9 @@ def test_json_is_the_only_thing_on_stdout(
         (["--loss", "hope"], 2, "--loss is 'hope'; expected one of trust, ce"),
         (["--scale", "none"], 2, "unknown scale 'none'"),
         (["--epochs", "0"], 2, "--epochs is 0"),
+        (["--controls", "ce,hope"], 2, "'hope'; expected one or more of ce,shuffled,next-layer,"),
+        (["--controls", ""], 2, "expected one or more of ce,shuffled,next-layer,random-layer"),
+        (["--controls", "ce", "--no-controls"], 2, "--controls and --no-controls exclude"),
         (["--lr", "nan"], 2, "--lr is nan"),
         (["--device", "tpu"], 2, "--device is 'tpu'"),
         (["--train", "no-such-folder"], 1, "no-such-folder"),

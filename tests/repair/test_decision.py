@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from repair.decision import Decision, Predictions, compare, decide, judge_penalty
+from repair.decision import Decision, Predictions, compare, decide, judge_control, judge_penalty
 
 CLASSES = ("cat", "dog", "fox")
 
@@ -109,6 +109,25 @@ def test_the_penalty_earns_its_place_only_by_a_paired_test(labels: np.ndarray) -
     assert won.sentence.startswith("The penalty earned its place: it reached 100.0 %")
     assert lost.sentence.startswith("The penalty did harm: plain cross entropy on the same layer")
     assert drew.sentence.startswith("The penalty did not earn its place: plain cross entropy")
+
+
+def test_a_control_is_beaten_only_by_a_paired_test(labels: np.ndarray) -> None:
+    good = predictions(np.ones(300, bool), labels)
+    poor = predictions(np.arange(300) % 10 != 0, labels)
+
+    def said(repair: Predictions, control: Predictions) -> str:
+        difference = compare(control, repair, seed=0)
+        return judge_control(repair, control, difference, ours="true maps", theirs="shuffled maps")
+
+    assert said(good, poor).startswith(
+        "True maps beat shuffled maps: 100.0 % [98.7, 100.0] against"
+    )
+    assert "against 90.0 % [86.1, 92.9] (McNemar p < 0.001; cross entropy +0.000 [" in said(
+        good, poor
+    )
+    assert said(poor, good).startswith("True maps did worse than shuffled maps: 90.0 %")
+    assert said(good, good).startswith("True maps did no better than shuffled maps: 100.0 %")
+    assert "McNemar p = 1.000; cross entropy +0.000" in said(good, good)
 
 
 def test_predictions_of_different_images_are_not_compared(labels: np.ndarray) -> None:

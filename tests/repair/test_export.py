@@ -221,7 +221,7 @@ def test_a_residual_network_with_batch_norm_is_repaired_and_exported(
     layer = "layer2.0.conv2"
     assert len(network.program.split(layer).crossing_shapes) == 2  # the shortcut passes it by
     run = write_run(tmp_path / "runs", photos, path, network, folder)
-    config = replace(CONFIG, epochs=1, controls=False)
+    config = replace(CONFIG, epochs=1, controls=())
     repaired = repair_layer(run, config, RepairRequest(layer=layer))
     frozen = repaired.info["frozen"]
     assert frozen["identical"] == frozen["tensors"] == len(module.state_dict()) - 1

@@ -71,7 +71,7 @@ def test_a_tensor_that_changed_outside_the_layer_rejects_the_repair(
 
     save = repair.layer.save_file
     monkeypatch.setattr(repair.layer, "save_file", corrupting)
-    info = repair_layer(make_run(), replace(CONFIG, controls=False), RepairRequest()).info
+    info = repair_layer(make_run(), replace(CONFIG, controls=()), RepairRequest()).info
     assert info["decision"] == "rejected"
     assert info["reasons"][0].startswith("Tensors outside the layer changed")
     assert info["frozen"]["identical"] == info["frozen"]["tensors"] - 1
@@ -105,7 +105,7 @@ def test_a_network_without_a_named_architecture_is_written_as_a_program(
     write_card(replace(card, arch=None, arch_args={}), source.with_suffix(".toml"))
     program = open_network(str(source))
     run = write_run(tmp_path / "runs", photos, source, program, folder)
-    repair = repair_layer(run, replace(CONFIG, epochs=1, controls=False), RepairRequest())
+    repair = repair_layer(run, replace(CONFIG, epochs=1, controls=()), RepairRequest())
     again = open_network(str(repair.program))
     weights = load_file(repair.weights)
     assert all(torch.equal(again.program.state[name], value) for name, value in weights.items())
@@ -229,12 +229,16 @@ def test_a_verdict_of_none_asks_for_a_name(make_run: MakeRun) -> None:
 
 
 def test_a_healthy_network_can_be_repaired_by_name_and_alias(make_run: MakeRun) -> None:
-    config = RepairConfig(epochs=1, learning_rate=1e-6, loss="ce")
+    config = RepairConfig(epochs=1, learning_rate=1e-6, loss="ce", controls=("ce", "shuffled"))
     repaired = repair_layer(make_run("none"), config, RepairRequest(layer="last_conv"))
     assert repaired.layer == "block3_conv2"
     assert repaired.info["decision"] == "rejected"
     assert repaired.info["controls"] == []
-    assert repaired.info["penalty"] == {"earned": None, "sentence": "No penalty was used."}
+    assert repaired.info["penalty"] == {
+        "earned": None,
+        "sentence": "No penalty was used.",
+        "sentences": ["No penalty was used."],
+    }
 
 
 def test_a_layer_without_maps_is_repaired_by_cross_entropy_only(make_run: MakeRun) -> None:
@@ -263,7 +267,7 @@ def test_added_training_images_never_include_held_out_content(
         source = folder.records[folder.positions(split)[0]]  # type: ignore[arg-type]
         shutil.copy(photos / source.path, more / source.class_name / f"copy-{split}.png")
     (more / "disk" / "empty.png").write_bytes(b"")
-    config = replace(CONFIG, epochs=1, controls=False)
+    config = replace(CONFIG, epochs=1, controls=())
     info = repair_layer(make_run(), config, RepairRequest(train=more)).info
     added = info["data"]["added"]
     assert (added["added"], added["held_out"], added["known"]) == (12, 2, 1)
@@ -280,7 +284,7 @@ def test_images_that_changed_since_the_scan_are_left_out_and_listed(
     gone, other = (folder.records[i].path for i in folder.positions("test")[:2])
     (moved / gone).unlink()
     shutil.copy(photos / gone, moved / other)
-    config = replace(CONFIG, epochs=1, controls=False)
+    config = replace(CONFIG, epochs=1, controls=())
     info = repair_layer(make_run(), config, RepairRequest(data=moved)).info
     reasons = {skip["path"]: skip["reason"] for skip in info["data"]["changed"]}
     assert reasons[gone].startswith("it cannot be read now")
@@ -311,7 +315,7 @@ def test_a_model_that_moved_asks_for_model(make_run: MakeRun) -> None:
 
 
 def test_a_diverging_repair_is_rejected_and_says_so(make_run: MakeRun) -> None:
-    config = replace(CONFIG, learning_rate=1e6, controls=False)
+    config = replace(CONFIG, learning_rate=1e6, controls=())
     info = repair_layer(make_run(), config, RepairRequest()).info
     assert info["decision"] == "rejected"
     assert any("diverged in epoch 1" in reason for reason in info["reasons"])
@@ -322,7 +326,7 @@ def test_a_repair_without_memory_for_the_cache_says_so_and_gives_the_same(
     make_run: MakeRun, finished: tuple[Run, RepairFolder]
 ) -> None:
     _, cached = finished
-    config = replace(CONFIG, controls=False)
+    config = replace(CONFIG, controls=())
     info = repair_layer(make_run(), config, RepairRequest(cache_gib=0)).info
     assert info["cache"]["kind"] == "recompute" and info["cache"]["bytes"] == 0
     assert cached.info["cache"]["kind"] == "memory" and cached.info["cache"]["bytes"] > 0

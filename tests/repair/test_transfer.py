@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import repair.cli
 from audit.errors import NetworkError
-from audit.images import ImageFolder
-from audit.networks import ModelCard, Network, Preprocessing
+from audit.images import ImageFolder, load_pixels, open_image_folder
+from audit.networks import ModelCard, Network, Preprocessing, open_network
 from audit.networks.program import Program
 from audit.networks.torchvision_import import import_torchvision
 from repair.cache import CrossingTensors, cross_tensors
 from repair.config import RepairConfig
-from repair.transfer import CLASSIFIER, CONVOLUTION, head_split, transfer, with_new_head
+from repair.new_head import CLASSIFIER, CONVOLUTION, head_split, with_new_head
+from repair.transfer import transfer
 
 import_torchvision()
 import torchvision.models  # noqa: E402
@@ -37,9 +41,17 @@ def network_of(module: nn.Module, size: tuple[int, int] = (64, 64)) -> Network:
     return Network(program=program, card=card, source="test", sha256="0" * 64)
 
 
+def run_repair(arguments: list[str]) -> int:
+    """Run the command in this process, as its entry point does."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["repair", *arguments])
+        repair.cli.main()
+    return int(ended.value.code or 0)
+
+
 @pytest.fixture(scope="module")
 def crossing(network: Network, folder: ImageFolder) -> dict[str, CrossingTensors]:
-    split, _ = head_split(with_new_head(network, folder_classes(network), seed=3))
+    split, _ = head_split(with_new_head(network, network.card.classes, seed=3))
     return {
         name: cross_tensors(
             network,
@@ -50,10 +62,6 @@ def crossing(network: Network, folder: ImageFolder) -> dict[str, CrossingTensors
         )
         for name in ("train", "val", "test")
     }
-
-
-def folder_classes(network: Network) -> Sequence[str]:
-    return network.card.classes
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,7 @@ def test_training_equals_plain_torch_on_both_new_layers(
     network: Network, folder: ImageFolder, crossing: dict[str, CrossingTensors]
 ) -> None:
     """Cross entropy by SGD with momentum, written out, over the same batches."""
-    changed = with_new_head(network, folder_classes(network), seed=3)
+    changed = with_new_head(network, network.card.classes, seed=3)
     found = transfer(changed, crossing, RepairConfig(**{**vars(CONFIG), "loss": "ce"}))
     assert found.control is None and found.ssim is None
 
@@ -152,7 +160,7 @@ def test_training_equals_plain_torch_on_both_new_layers(
 def test_the_features_stay_bit_identical_and_the_control_differs_in_the_loss_alone(
     network: Network, folder: ImageFolder, crossing: dict[str, CrossingTensors]
 ) -> None:
-    changed = with_new_head(network, folder_classes(network), seed=3)
+    changed = with_new_head(network, network.card.classes, seed=3)
     found = transfer(changed, crossing, CONFIG)
     plain = transfer(changed, crossing, RepairConfig(**{**vars(CONFIG), "loss": "ce"}))
     learned = {
@@ -163,4 +171,54 @@ def test_the_features_stay_bit_identical_and_the_control_differs_in_the_loss_alo
     assert found.control is not None and found.ssim is not None
     np.testing.assert_array_equal(found.control.p_true, plain.test.p_true)
     assert found.ssim.shape == (len(crossing["test"]),)
-    assert "plain cross entropy" in found.penalty_sentence(seed=0)
+    record = found.as_dict(network.card.classes, seed=0)
+    assert "plain cross entropy" in record["penalty"]["sentence"]
+    assert record["after"]["accuracy"]["value"] == pytest.approx(found.test.right.mean())
+
+
+def test_the_command_writes_a_program_that_opens_again_and_says_the_same(
+    model_file: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "shapes.pt2"
+    arguments = ["transfer", str(model_file), "--data", str(photos), "--out", str(out)]
+    short = ["--epochs", "2", "--filters", "8", "--lr", "0.05", "--json"]
+    assert run_repair([*arguments, *short]) == 0
+    record = json.loads(capfd.readouterr().out)
+    assert json.loads(out.with_suffix(".json").read_text()) == record
+    opened = open_network(str(out))
+    assert opened.card.classes == ("disk", "square", "stripes")
+    assert opened.layer("last_conv").shape[:1] == (8,)
+    folder = open_image_folder(photos, opened.card.classes)
+    batch = load_pixels(folder, folder.positions("test"), opened.card.preprocessing)
+    with torch.no_grad():
+        said = opened.program.logits(opened.normalize(batch.pixels)).argmax(dim=1)
+    labels = torch.tensor([folder.records[i].label for i in batch.indices.tolist()])
+    right = float((said == labels).float().mean())
+    assert record["after"]["accuracy"]["value"] == pytest.approx(right)
+
+    assert run_repair([*arguments, *short]) == 2
+    assert "is there already; give another name with --out" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--out", "network.pt"], "its name ends in .pt2"),
+        (["--filters", "0"], "--filters is 0; expected at least 1"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    model_file: Path,
+    photos: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_repair(["transfer", str(model_file), "--data", str(photos), *extra]) in (1, 2)
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1 and message in errors[0]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,219 @@
+"""Beside what a repair is judged: the same images and steps, one thing changed.
+
+    ce             the same layer by plain cross entropy: does the penalty do anything?
+    shuffled       the same loss, each image charged for another one's map: do the maps matter?
+    next-layer     the scan's next best layer, by the same loss: was the right layer repaired?
+    random-layer   a layer drawn by the seed, by the same loss: would any layer do?
+    last-layer     the last linear layer by plain cross entropy, on request: is that all it takes?
+                   (Kirichenko et al. 2022, "Last layer re-training is sufficient")
+
+`CONTROLS` names them all, `plan_controls` says which of the chosen ones a repair can have and on
+which layer; `repair.layer` trains and judges them. No torch here: the command line reads its
+choices and defaults from this module.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from audit.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from audit.networks import Layer
+
+Place = Literal["same", "next", "random", "last"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A way to train that differs from the repair in one thing.
+
+    Attributes:
+        description: What is trained, for the reader of a table.
+        ours: What the repair does where this does otherwise, for the sentence that compares them.
+        theirs: What this does; empty for plain cross entropy, which `judge_penalty` has words for.
+        place: Which layer.
+        plain: Whether plain cross entropy takes the place of the repair's loss.
+        shuffled: Whether every image's map is that of another image of its batch.
+        by_default: Whether a repair has it unless told otherwise.
+    """
+
+    description: str
+    ours: str = "repairing {repaired}"
+    theirs: str = ""
+    place: Place = "same"
+    plain: bool = False
+    shuffled: bool = False
+    by_default: bool = True
+
+
+CONTROLS: dict[str, Control] = {
+    "ce": Control(
+        description="plain cross entropy on the same layer: same images, order, steps and "
+        "learning rate",
+        plain=True,
+    ),
+    "shuffled": Control(
+        description="the same loss on the same layer, each image charged for the map of another",
+        ours="true maps",
+        theirs="shuffled maps",
+        shuffled=True,
+    ),
+    "next-layer": Control(
+        description="the same loss on the next best layer by the scan, {layer}",
+        theirs="repairing the next best layer, {layer}",
+        place="next",
+    ),
+    "random-layer": Control(
+        description="the same loss on a layer drawn at random, {layer}",
+        theirs="repairing a layer drawn at random, {layer}",
+        place="random",
+    ),
+    "last-layer": Control(
+        description="plain cross entropy on the last linear layer, {layer}",
+        theirs="retraining the last linear layer, {layer}, by plain cross entropy",
+        place="last",
+        plain=True,
+        by_default=False,
+    ),
+}
+DEFAULT_CONTROLS = tuple(name for name, control in CONTROLS.items() if control.by_default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedControl:
+    """A control that a repair will have: its name, what it trains, and by which loss."""
+
+    name: str
+    description: str
+    ours: str
+    theirs: str
+    layer: str
+    loss: str
+    shuffled: bool
+
+
+def parse_controls(text: str) -> tuple[str, ...]:
+    """Return the controls that a comma-separated list names, as `ordered_controls` does."""
+    return ordered_controls(part.strip() for part in text.split(","))
+
+
+def ordered_controls(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names in the order of `CONTROLS`, each once.
+
+    Raises:
+        UsageError: One is unknown; the message lists the choices.
+    """
+    given = list(names)
+    for name in given:
+        if name not in CONTROLS:
+            raise UsageError(
+                f"--controls has {name!r}; expected one or more of {','.join(CONTROLS)}, "
+                "or --no-controls"
+            )
+    return tuple(name for name in CONTROLS if name in given)
+
+
+def plan_controls(
+    names: Sequence[str],
+    layer: Layer,
+    layers: Sequence[Layer],
+    ranked: Sequence[str],
+    *,
+    loss: str,
+    needs_maps: bool,
+    seed: int,
+) -> tuple[tuple[PlannedControl, ...], dict[str, str]]:
+    """Return the controls that a repair can have, and a sentence for each that it cannot.
+
+    Where the loss needs maps, other layers are those that have some. What would only repeat the
+    repair (`ce` beside the loss ce) or has nothing to change (`shuffled` without maps) is passed
+    over without a word.
+
+    Args:
+        names: The chosen controls.
+        layer: The repaired layer.
+        layers: All layers, in the order of computation.
+        ranked: Names of layers, best first, from `ranked_layers`.
+        loss: The repair's loss.
+        needs_maps: Whether that loss needs maps.
+        seed: Draws the random layer, among those that are neither repaired nor next best.
+    """
+    others = [one for one in layers if one.name != layer.name]
+    able = {one.name for one in others if one.has_maps or not needs_maps}
+    following = next((name for name in ranked if name in able), None)
+    rest = [one.name for one in others if one.name in able and one.name != following]
+    linear = [one.name for one in layers if one.kind == "linear"]
+    places: Mapping[Place, tuple[str | None, str]] = {
+        "same": (layer.name, ""),
+        "next": (following, "the scan ranks no other layer that this loss can train"),
+        "random": (
+            random.Random(seed).choice(rest) if rest else None,
+            "there is no further layer that this loss can train",
+        ),
+        "last": (
+            linear[-1] if linear and linear[-1] != layer.name else None,
+            "it is the repaired one" if linear else "the network has no linear layer",
+        ),
+    }
+    planned, left_out = [], {}
+    for name in names:
+        control = CONTROLS[name]
+        if (control.plain and control.place == "same" and loss == "ce") or (
+            control.shuffled and not needs_maps
+        ):
+            continue
+        where, why = places[control.place]
+        if where is None:
+            left_out[name] = f"The control {name} was left out: {why}."
+            continue
+        planned.append(
+            PlannedControl(
+                name=name,
+                description=control.description.format(layer=where),
+                ours=control.ours.format(repaired=layer.name),
+                theirs=control.theirs.format(layer=where),
+                layer=where,
+                loss="ce" if control.plain else loss,
+                shuffled=control.shuffled,
+            )
+        )
+    return tuple(planned), left_out
+
+
+def ranked_layers(layers: pd.DataFrame) -> list[str]:
+    """Return the names of the layers that a scan ranked, best first.
+
+    By blame where the run has it, else by the gain of the trial repairs, else by rank.
+
+    Args:
+        layers: The run's layers.parquet.
+    """
+    for column, best_first in (("blame", False), ("trial_gain", False), ("rank", True)):
+        known = layers[layers[column].notna()]
+        if len(known):  # equal ones in the scan's own order
+            known = known.sort_values("rank", kind="stable")
+            return [
+                str(n)
+                for n in known.sort_values(column, ascending=best_first, kind="stable")["name"]
+            ]
+    return []
+
+
+def map_rotation(images: int, *, seed: int, step: int) -> int:
+    """Return by how many places the maps of a batch move, so that no image keeps its own.
+
+    Image i is charged for the map of image i - rotation (modulo the batch). The order within a
+    batch is random already, so a rotation shuffles as well as any derangement.
+
+    Args:
+        images: Size of the batch; the one image of a batch of one keeps its map (0).
+        seed: Of the repair.
+        step: Number of the optimizer step, so that a resumed repair draws the same.
+    """
+    return random.Random(100_003 * seed + step).randrange(1, images) if images > 1 else 0
