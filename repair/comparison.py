@@ -1,9 +1,9 @@
 """Two checkpoints on the same images: `repair compare A B`.
 
 Both networks classify the same photographs, each with its own preprocessing; the difference is
-tested on pairs (exact McNemar test, paired bootstrap). Where both have the layer, their
-maps of the true class are compared by structural similarity; where both have the same tensors, those
-that differ are named.
+tested on pairs (exact McNemar test, paired bootstrap). Where both have the layer, their maps of the
+true class are compared by structural similarity; where both have the same tensors, those that
+differ are named.
 """
 
 from __future__ import annotations
