@@ -37,6 +37,8 @@ __all__ = [
     "normalize_maps",
     "resize_maps",
     "target_scores",
+    "trainable_gradients",
+    "trainable_guided_maps",
     "trainable_maps",
 ]
 
@@ -176,6 +178,59 @@ def trainable_maps(
         target_scores(logits, targets), activations, create_graph=True
     )
     return layer_map(split.layer, activations, gradients), logits
+
+
+def trainable_guided_maps(
+    split: Split,
+    images: Tensor,
+    crossing: Sequence[Tensor],
+    parameters: Mapping[str, Tensor] | None,
+    targets: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return Guided Grad-CAM, in the size of the image, and the logits, both with their graph.
+
+    The Grad-CAM and the logits need what crosses the cut alone; the guided gradients run through
+    the whole network, forward and backward, at every call.
+
+    Args:
+        images: What `crossing` came from, normalized, (B, 3, H, W).
+        crossing: As for `trainable_maps`.
+        parameters: As for `trainable_maps`.
+        targets: As for `trainable_maps`.
+
+    Returns:
+        Raw maps >= 0, (B, H, W), the absolute attributions summed over the color channels, and
+        logits, (B, K).
+    """
+    maps, logits = trainable_maps(split, crossing, parameters, targets)
+    leaf = images.detach().requires_grad_()
+    guided_logits = split.guided_logits(leaf, parameters)
+    (guided,) = torch.autograd.grad(target_scores(guided_logits, targets), leaf, create_graph=True)
+    return guided_grad_cam(maps, guided).abs().sum(dim=1), logits
+
+
+def trainable_gradients(
+    split: Split,
+    crossing: Sequence[Tensor],
+    parameters: Mapping[str, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Return where the layer's output decides, and the logits, both with their graph.
+
+    G = sum over channels of (d/dA sum over k of log p_k)^2       Source: Ross et al. 2017, Eq. 1,
+                                        at the layer's output A instead of the image
+
+    Args:
+        crossing: As for `trainable_maps`.
+        parameters: As for `trainable_maps`.
+
+    Returns:
+        G >= 0, (B, h, w), and logits, (B, K).
+    """
+    activations, logits = split.activations_and_logits(crossing, parameters)
+    (gradients,) = torch.autograd.grad(
+        logits.log_softmax(dim=1).sum(), activations, create_graph=True
+    )
+    return gradients.square().sum(dim=-1 if split.layer.channels_last else 1), logits
 
 
 def guided_gradients(

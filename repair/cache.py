@@ -49,11 +49,13 @@ class CrossingBatch:
         crossing: Every tensor that crosses, each batch first, on the network's device.
         labels: True classes, int64 (B,), there too.
         positions: Where the images stand in the folder's records, int64 (B,), on the CPU.
+        images: What it all came from, normalized, (B, 3, H, W), where that was asked for.
     """
 
     crossing: tuple[Tensor, ...]
     labels: Tensor
     positions: Tensor
+    images: Tensor | None = None
 
 
 class CrossingTensors(Protocol):
@@ -94,6 +96,7 @@ def cross_tensors(
     disk: DiskSpace | None = None,
     kind: CacheKind | None = None,
     batch_size: int = 32,
+    with_images: bool = False,
     on_skip: Callable[[int, str], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> MemoryCache | DiskCache | RecomputedPrefix:
@@ -110,6 +113,7 @@ def cross_tensors(
         disk: Where they may lie if that is too little; nowhere when None.
         kind: Decides in place of the budgets, to repeat an earlier choice.
         batch_size: Images that will be asked for at a time.
+        with_images: Keep the normalized images too.
         on_skip: Called with position and reason for each image that cannot be decoded.
         on_batch: Called with the number of images of each batch that was computed.
     """
@@ -118,10 +122,11 @@ def cross_tensors(
         split=split,
         folder=folder,
         pass_size=min(max(batch_size, _SMALLEST_PASS), _LARGEST_PASS),
+        with_images=with_images,
         on_skip=on_skip,
     )
     if kind is None:
-        kind = _choose(crossing_bytes(split, len(indices)), budget_bytes, disk)
+        kind = _choose(source.bytes(len(indices)), budget_bytes, disk)
     if kind == "memory":
         return MemoryCache(source, indices, on_batch=on_batch)
     failure = None
@@ -169,6 +174,26 @@ class _Source:
     folder: ImageFolder
     pass_size: int
     on_skip: Callable[[int, str], None] | None
+    with_images: bool = False
+
+    def bytes(self, images: int) -> int:
+        """Return the memory that so many images take."""
+        pixels = math.prod(self.network.program.input_size)
+        own = 4 * images * 3 * pixels if self.with_images else 0
+        return crossing_bytes(self.split, images) + own
+
+    @property
+    def tensors(self) -> int:
+        return len(self.split.crossing_shapes)
+
+    def batch(self, stored: Sequence[Tensor], labels: Tensor, positions: Tensor) -> CrossingBatch:
+        """Return the batch whose tensors are stored in the order of `_tensors`."""
+        return CrossingBatch(
+            crossing=tuple(stored[: self.tensors]),
+            labels=labels,
+            positions=positions,
+            images=stored[-1] if self.with_images else None,
+        )
 
     def batches(self, indices: Sequence[int]) -> Iterator[CrossingBatch]:
         network = self.network
@@ -180,14 +205,10 @@ class _Source:
             on_skip=self.on_skip,
         ):
             count = len(batch.indices)
-            crossing = self.split.prefix(
-                network.normalize(_filled_up(batch.pixels, self.pass_size))
-            )
-            yield CrossingBatch(
-                crossing=tuple(tensor[:count] for tensor in crossing),
-                labels=self.labels(batch.indices),
-                positions=batch.indices,
-            )
+            images = network.normalize(_filled_up(batch.pixels, self.pass_size))
+            computed = (*self.split.prefix(images), *([images] if self.with_images else []))
+            stored = [tensor[:count] for tensor in computed]
+            yield self.batch(stored, self.labels(batch.indices), batch.indices)
 
     def labels(self, positions: Tensor) -> Tensor:
         found = [self.folder.records[position].label for position in positions.tolist()]
@@ -205,9 +226,15 @@ class _Source:
             "shapes": self.split.crossing_shapes,
             "run_with": [torch.__version__, str(program.dtype), program.device.type],
             "pass_size": self.pass_size,
+            "with_images": self.with_images,
             "images": images,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors(batch: CrossingBatch) -> tuple[Tensor, ...]:
+    """Return all that is stored of a batch."""
+    return batch.crossing if batch.images is None else (*batch.crossing, batch.images)
 
 
 def _filled_up(pixels: Tensor, count: int) -> Tensor:
@@ -232,43 +259,42 @@ class MemoryCache:
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
         started_s = time.perf_counter()
+        self._source = source
         self._device = source.network.program.device
         stored: list[Tensor] = []
         labels: list[Tensor] = []
         positions: list[Tensor] = []
         filled = 0
-        place = _storage_device(self._device, crossing_bytes(source.split, len(indices)))
+        place = _storage_device(self._device, source.bytes(len(indices)))
         for batch in source.batches(indices):
             if not stored:
                 stored = [
                     torch.empty((len(indices), *tensor.shape[1:]), dtype=tensor.dtype, device=place)
-                    for tensor in batch.crossing
+                    for tensor in _tensors(batch)
                 ]
             count = len(batch.positions)
-            for kept, tensor in zip(stored, batch.crossing, strict=True):
+            for kept, tensor in zip(stored, _tensors(batch), strict=True):
                 kept[filled : filled + count] = tensor
             labels.append(batch.labels)
             positions.append(batch.positions)
             filled += count
             if on_batch is not None:
                 on_batch(count)
-        self._crossing = [tensor[:filled] for tensor in stored]
+        self._stored = [tensor[:filled] for tensor in stored]
         self._labels = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
         self._positions = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
-        self.bytes = sum(tensor.nbytes for tensor in self._crossing)
-        self.tensors = len(source.split.crossing_shapes)
+        self.bytes = sum(tensor.nbytes for tensor in self._stored)
+        self.tensors = source.tensors
         self.seconds = time.perf_counter() - started_s
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def batch(self, rows: Tensor) -> CrossingBatch:
-        return CrossingBatch(
-            crossing=tuple(
-                tensor[rows.to(tensor.device)].to(self._device) for tensor in self._crossing
-            ),
-            labels=self._labels[rows.to(self._labels.device)],
-            positions=self._positions[rows],
+        return self._source.batch(
+            [tensor[rows.to(tensor.device)].to(self._device) for tensor in self._stored],
+            self._labels[rows.to(self._labels.device)],
+            self._positions[rows],
         )
 
 
@@ -292,6 +318,7 @@ class DiskCache:
         *,
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
+        self._source = source
         self._device = source.network.program.device
         fingerprint = source.fingerprint(indices)
         manifest = _matching_manifest(folder, fingerprint)
@@ -300,24 +327,24 @@ class DiskCache:
         else:
             _repeat_calls(manifest, source, on_batch)
         try:
-            self._crossing = [_mapped(folder, entry) for entry in manifest["tensors"]]
+            self._stored = [_mapped(folder, entry) for entry in manifest["tensors"]]
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self._positions = torch.tensor(manifest["positions"], dtype=torch.int64)
         self._labels = source.labels(self._positions)
-        self.bytes = sum(tensor.nbytes for tensor in self._crossing)
-        self.tensors = len(source.split.crossing_shapes)
+        self.bytes = sum(tensor.nbytes for tensor in self._stored)
+        self.tensors = source.tensors
         self.seconds = float(manifest["seconds"])
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def batch(self, rows: Tensor) -> CrossingBatch:
-        return CrossingBatch(
-            crossing=tuple(tensor[rows].to(self._device) for tensor in self._crossing),
-            labels=self._labels[rows.to(self._labels.device)],
-            positions=self._positions[rows],
+        return self._source.batch(
+            [tensor[rows].to(self._device) for tensor in self._stored],
+            self._labels[rows.to(self._labels.device)],
+            self._positions[rows],
         )
 
 
@@ -337,7 +364,7 @@ class RecomputedPrefix:
     ) -> None:
         self._source = source
         self._indices = torch.as_tensor(list(indices), dtype=torch.int64)
-        self.tensors = len(source.split.crossing_shapes)
+        self.tensors = source.tensors
         self.failure = failure
 
     def __len__(self) -> int:
@@ -346,21 +373,21 @@ class RecomputedPrefix:
     def batch(self, rows: Tensor) -> CrossingBatch:
         batches = list(self._source.batches(self._indices[rows].tolist()))
         if batches:
-            return CrossingBatch(
-                crossing=tuple(
+            return self._source.batch(
+                [
                     torch.cat(parts) if len(parts) > 1 else parts[0]
-                    for parts in zip(*(batch.crossing for batch in batches), strict=True)
-                ),
-                labels=torch.cat([batch.labels for batch in batches]),
-                positions=torch.cat([batch.positions for batch in batches]),
+                    for parts in zip(*map(_tensors, batches), strict=True)
+                ],
+                torch.cat([batch.labels for batch in batches]),
+                torch.cat([batch.positions for batch in batches]),
             )
-        device = self._source.network.program.device
-        shapes = self._source.split.crossing_shapes
+        program = self._source.network.program
+        shapes = [*self._source.split.crossing_shapes, (3, *program.input_size)]
         nothing = torch.empty(0, dtype=torch.int64)
-        return CrossingBatch(
-            crossing=tuple(torch.empty((0, *shape), device=device) for shape in shapes),
-            labels=nothing.to(device),
-            positions=nothing,
+        return self._source.batch(
+            [torch.empty((0, *shape), device=program.device) for shape in shapes],
+            nothing.to(program.device),
+            nothing,
         )
 
 
@@ -380,7 +407,7 @@ def _fill(
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
-        if crossing_bytes(source.split, len(indices)) > shutil.disk_usage(folder).free:
+        if source.bytes(len(indices)) > shutil.disk_usage(folder).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         noting = _noting(source, skipped)
         tensors, positions = _write_tensors(folder, noting.batches(indices), on_batch)
@@ -423,9 +450,9 @@ def _write_tensors(
         streams: list[BinaryIO] = []
         for batch in batches:
             if not streams:
-                entries = [_entry(number, tensor) for number, tensor in enumerate(batch.crossing)]
+                entries = [_entry(number, tensor) for number, tensor in enumerate(_tensors(batch))]
                 streams = [stack.enter_context((folder / e["file"]).open("wb")) for e in entries]
-            for stream, tensor in zip(streams, batch.crossing, strict=True):
+            for stream, tensor in zip(streams, _tensors(batch), strict=True):
                 flat = tensor.cpu().contiguous().reshape(-1)
                 stream.write(flat.view(torch.uint8).numpy().data)
             positions += batch.positions.tolist()

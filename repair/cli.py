@@ -16,7 +16,7 @@ from audit import console
 from audit.errors import ExportError, UsageError
 from audit.options import CodeOption, JsonOption, TrustOption
 from repair.comparison_cli import compare_command
-from repair.config import OPTIMIZERS, SALIENCIES, RepairConfig
+from repair.config import OPTIMIZERS, SALIENCIES, SCHEDULES, RepairConfig
 from repair.controls import CONTROLS, DEFAULT_CONTROLS, parse_controls
 from repair.losses import LOSSES, SCALES
 from repair.transfer_cli import transfer_command
@@ -72,14 +72,48 @@ def layer_command(
     balance: Annotated[
         float, typer.Option("--lambda", help="The lambda of Eq. 7, 0 to 1.")
     ] = DEFAULTS.balance,
+    weight: Annotated[
+        float, typer.Option("--weight", help="Of what energy and rrr add to the cross entropy.")
+    ] = DEFAULTS.weight,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the objects are, a folder of masks or COCO JSON; the scan's by default.",
+            metavar="PATH",
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="Error group of the scan whose region maps must leave.", metavar="ID"),
+    ] = None,
     learning_rate: Annotated[
         float, typer.Option("--lr", help="Learning rate.")
     ] = DEFAULTS.learning_rate,
+    schedule: Annotated[
+        str, typer.Option(help="How the learning rate goes on.", metavar="|".join(SCHEDULES))
+    ] = DEFAULTS.schedule,
     epochs: Annotated[int, typer.Option(help="Passes over the images.")] = DEFAULTS.epochs,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = DEFAULTS.batch_size,
     optimizer: Annotated[
         str, typer.Option(help="SGD with momentum 0.9, or AdamW.", metavar="|".join(OPTIMIZERS))
     ] = DEFAULTS.optimizer,
+    patience: Annotated[
+        int, typer.Option(help="Stop after so many epochs without progress; 0: never.")
+    ] = DEFAULTS.patience,
+    balance_classes: Annotated[
+        bool, typer.Option("--balance-classes", help="Weigh images by their class's rarity.")
+    ] = False,
+    with_norm: Annotated[
+        bool,
+        typer.Option("--with-norm", help="Train scale and shift of the batch norm that follows."),
+    ] = False,
+    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Lay tensors out channels last.")
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log every epoch for TensorBoard.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of images.")] = DEFAULTS.seed,
     device: Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")] = "auto",
     resume: Annotated[
@@ -125,12 +159,19 @@ def layer_command(
         "saliency": saliency,
         "scale": scale,
         "balance": balance,
+        "weight": weight,
         "r1": not no_r1,
         "r2": not no_r2,
         "learning_rate": learning_rate,
         "epochs": epochs,
         "batch_size": batch_size,
         "optimizer": optimizer,
+        "schedule": schedule,
+        "patience": patience,
+        "balance_classes": balance_classes,
+        "with_norm": with_norm,
+        "amp": amp,
+        "channels_last": channels_last,
         "seed": seed,
         "controls": () if no_controls else parse_controls(controls),
     }
@@ -148,6 +189,9 @@ def layer_command(
         device=device,
         cache_gib=cache_gib,
         cache_disk_gib=cache_disk_gib,
+        masks=masks,
+        group=group,
+        tensorboard=tensorboard,
         resume=resume,
         stated=frozenset(_stated(context, settings)),
         command=("repair", *sys.argv[1:]),

@@ -16,7 +16,10 @@ from repair.losses import LOSSES, Loss, Penalty, Scale
 Optimizer = Literal["sgd", "adamw"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
-Saliency = Literal["gradcam"]
+Schedule = Literal["constant", "cosine", "linear", "step"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+Saliency = Literal["gradcam", "guided-gradcam"]
 SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
 
 _RENAMED = {"balance": "lambda", "learning_rate": "lr"}  # field -> name in repair.json and options
@@ -31,12 +34,21 @@ class RepairConfig:
         saliency: The method whose maps the loss penalizes.
         scale: How cross entropy and saliency are kept in bounds, see `Penalty`.
         balance: The lambda of Eq. 7.
+        weight: Of what the losses `energy` and `rrr` add to the cross entropy.
         r1: Whether R1 takes part.
         r2: Whether R2 takes part.
-        learning_rate: Of the optimizer, constant.
+        learning_rate: Of the optimizer, at the start.
+        schedule: How it goes on by epoch: `constant`, `cosine` or `linear` to zero, or `step`, a
+            tenth after each third of the epochs.
         epochs: Passes over the training images.
         batch_size: Images per step.
         optimizer: `sgd` (momentum 0.9) or `adamw`.
+        patience: Epochs without a lower validation cross entropy after which training stops; 0
+            for never.
+        balance_classes: Whether images weigh by the inverse of their class's frequency.
+        with_norm: Whether scale and shift of the batch norm that follows the layer learn too.
+        amp: Whether steps are taken in mixed precision (bfloat16).
+        channels_last: Whether what enters the layer is laid out channels last.
         seed: Of the order of the images and of every bootstrap.
         controls: What the repair is compared with at equal compute, names from
             `repair.controls.CONTROLS` in their order.
@@ -49,12 +61,19 @@ class RepairConfig:
     saliency: Saliency = "gradcam"
     scale: Scale = "bounded"
     balance: float = 0.9
+    weight: float = 1.0
     r1: bool = True
     r2: bool = True
     learning_rate: float = 0.01
     epochs: int = 10
     batch_size: int = 32
     optimizer: Optimizer = "sgd"
+    schedule: Schedule = "constant"
+    patience: int = 0
+    balance_classes: bool = False
+    with_norm: bool = False
+    amp: bool = False
+    channels_last: bool = False
     seed: int = 0
     controls: tuple[str, ...] = DEFAULT_CONTROLS
 
@@ -62,6 +81,7 @@ class RepairConfig:
         _check_choice("--loss", self.loss, tuple(LOSSES))
         _check_choice("--saliency", self.saliency, SALIENCIES)
         _check_choice("--optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("--schedule", self.schedule, SCHEDULES)
         object.__setattr__(self, "controls", ordered_controls(self.controls))
         try:
             self.penalty  # noqa: B018 - made for its checks
@@ -73,16 +93,25 @@ class RepairConfig:
             raise UsageError(f"--epochs is {self.epochs}; expected at least 1")
         if self.batch_size < 1:
             raise UsageError(f"--batch-size is {self.batch_size}; expected at least 1")
+        if self.patience < 0:
+            raise UsageError(f"--patience is {self.patience}; expected 0 (never stop) or more")
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"--seed is {self.seed}; expected 0 to {2**31 - 1}")
 
     @property
     def penalty(self) -> Penalty:
-        return Penalty(balance=self.balance, scale=self.scale, r1=self.r1, r2=self.r2)
+        return Penalty(
+            balance=self.balance, scale=self.scale, weight=self.weight, r1=self.r1, r2=self.r2
+        )
 
     @property
     def loss_function(self) -> Loss:
         return LOSSES[self.loss]
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether a step needs the images themselves, beside what crosses the cut."""
+        return self.loss_function.looks_at == "maps" and self.saliency == "guided-gradcam"
 
     @property
     def has_control(self) -> bool:

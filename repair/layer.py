@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,21 +35,13 @@ from audit.networks import Layer, Network, Split, write_card
 from audit.networks.network import sha256_state
 from audit.runs import RepairFolder, Run
 from audit.statistics import bootstrap_mean
-from audit.wording import byte_size
-from repair.cache import (
-    GIB,
-    CacheKind,
-    CrossingTensors,
-    DiskSpace,
-    RecomputedPrefix,
-    cross_tensors,
-    default_budget_bytes,
-    default_disk_bytes,
-)
+from repair.cache import CrossingTensors
 from repair.config import RepairConfig
 from repair.controls import PlannedControl, plan_controls, ranked_layers
+from repair.crossing import cache_kinds, cache_line, cache_record, choose_room, cross_splits
 from repair.decision import Predictions, compare, decide, judge_control, judge_penalty
-from repair.maps import choose_gallery, map_similarity, true_class_maps
+from repair.guidance import Guidance, find_guidance
+from repair.maps import GALLERY_METHOD, choose_gallery, map_similarity, true_class_maps
 from repair.sources import (
     Additions,
     open_scanned_images,
@@ -57,14 +49,10 @@ from repair.sources import (
     positions,
     with_training_images,
 )
-from repair.training import DamagedCheckpointError, Trained, predict, train_layer
+from repair.tracking import TrainingLog, check_tensorboard
+from repair.training import DamagedCheckpointError, Row, Trained, predict, train_layer
 
 _SPLITS = ("train", "val", "test")
-_CACHE_WORDINGS: dict[CacheKind, str] = {
-    "memory": "kept in memory",
-    "disk": "kept on disk until the repair is finished",
-    "recompute": "computed again for each batch",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +68,9 @@ class RepairRequest:
         cache_gib: Memory for what crosses the cut; a quarter of what is available when None.
         cache_disk_gib: Disk for what that memory cannot hold; when None, a quarter of what is free,
             or nothing where `cache_gib` is 0.
+        masks: Folder of masks or COCO file that says where the objects are.
+        group: Error group of the scan whose region maps must leave.
+        tensorboard: Log every epoch for TensorBoard, in the repair's folder.
         resume: Go on with the newest unfinished repair, by the settings it was started with.
         stated: Settings (fields of `RepairConfig`) that must equal those of a resumed repair.
         command: The command line, for the record.
@@ -94,6 +85,9 @@ class RepairRequest:
     device: str = "auto"
     cache_gib: float | None = None
     cache_disk_gib: float | None = None
+    masks: Path | None = None
+    group: str | None = None
+    tensorboard: bool = False
     resume: bool = False
     stated: frozenset[str] = frozenset()
     command: tuple[str, ...] = ()
@@ -109,6 +103,8 @@ def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> Repa
             is marked as failed.
     """
     device = choose_device(request.device)
+    if request.tensorboard:
+        check_tensorboard()
     resumed = _unfinished(run, request) if request.resume else None
     if resumed is not None:
         config, request = _recorded_settings(resumed, config, request)
@@ -123,9 +119,13 @@ def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> Repa
     layer = network.layer(name)
     _check_has_maps(layer, config)
     images = _Images.open(run, network, request, config)
+    guide = _guide(run, network, images, request, config)
+    guidance = guide(layer)  # refused before a folder is made
     repair = resumed or run.start_repair(
-        layer.name, _opening_record(network, layer, config, request, device)
+        layer.name, _opening_record(network, layer, config, request, device, guidance)
     )
+    if guidance is not None:
+        console.say(guidance.sentence)
     if resumed is not None:
         resumed.write_info(status="running", failure=None)
     try:
@@ -141,7 +141,9 @@ def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> Repa
         for sentence in left_out.values():
             console.say(sentence)
         repair.write_info(controls_left_out=left_out)
-        _Repair(repair, network, layer, config, request, images, controls).finish()
+        with TrainingLog.open(repair.path if request.tensorboard else None) as log:
+            job = _Repair(repair, network, layer, config, request, images, controls, guide, log)
+            job.finish()
     except KeyboardInterrupt:
         console.say("stopped; go on with `repair layer --resume`")
         raise
@@ -190,6 +192,19 @@ class _Images:
         found = {split: positions(folder, split) for split in _SPLITS}  # type: ignore[arg-type]
         return cls(folder=folder, positions=found, changed=changed, additions=additions)
 
+    def class_weights(self, network: Network, config: RepairConfig) -> Tensor | None:
+        """Return the weight of each class's images, None where all images weigh alike."""
+        if not config.balance_classes:
+            return None
+        from sklearn.utils.class_weight import compute_class_weight
+
+        labels = [self.folder.records[i].label for i in self.positions["train"]]
+        present = np.unique(labels)
+        weights = torch.ones(len(network.card.classes))
+        found = compute_class_weight("balanced", classes=present, y=labels)
+        weights[present] = torch.from_numpy(found).float()
+        return weights
+
     def skip(self, position: int, reason: str) -> None:
         self.skipped[self.folder.records[position].path] = reason
 
@@ -214,6 +229,8 @@ class _Repair:
         request: RepairRequest,
         images: _Images,
         controls: tuple[PlannedControl, ...],
+        guidance: Callable[[Layer], Guidance | None],
+        log: TrainingLog | None,
     ) -> None:
         self.folder = repair
         self.network = network
@@ -222,6 +239,8 @@ class _Repair:
         self.request = request
         self.images = images
         self.controls = controls
+        self.guidance = guidance
+        self.log = log
         self.split: Split = network.program.split(layer.name)
         self.timings_s: dict[str, float] = {}
 
@@ -236,7 +255,7 @@ class _Repair:
             judged = self._judge(crossing["test"], repaired)
         with self._timed("maps"):
             similarity = self._write_maps(crossing["test"], judged, repaired)
-        cache = _cache_record(crossing)
+        cache = cache_record(crossing)
         sizes = {name: len(tensors) for name, tensors in crossing.items()}
         crossing.clear()  # its memory goes to the layers that follow
         controls += [self._train_elsewhere(one) for one in self.controls if one not in here]
@@ -249,41 +268,35 @@ class _Repair:
         shutil.rmtree(self._cache_path, ignore_errors=True)
 
     def _cross(self) -> dict[str, CrossingTensors]:
-        """Return what crosses the cut, by split; room goes to the training images first."""
-        memory_bytes, disk_bytes = _cache_budgets(self.request, self.folder.path)
-        earlier: Mapping[str, CacheKind] = self.folder.info.get("cache", {}).get("splits", {})
-        total = sum(map(len, self.images.positions.values()))
-        crossing: dict[str, CrossingTensors] = {}
-        with (
-            self._timed("cache"),
-            console.progress(f"computing what enters {self.layer.name}", total) as bar,
-        ):
-            for split in _SPLITS:
-                tensors = crossing[split] = cross_tensors(
-                    self.network,
-                    self.split,
-                    self.images.folder,
-                    self.images.positions[split],
-                    budget_bytes=memory_bytes,
-                    disk=DiskSpace(folder=self._cache_path / split, budget_bytes=disk_bytes),
-                    kind=earlier.get(split),
-                    batch_size=self.config.batch_size,
-                    on_skip=self.images.skip,
-                    on_batch=bar.advance,
-                )
-                if isinstance(tensors, RecomputedPrefix):
-                    bar.advance(len(tensors))
-                    disk_bytes = 0 if tensors.failure else disk_bytes
-                elif tensors.kind == "disk":
-                    disk_bytes -= tensors.bytes
-                else:
-                    memory_bytes -= tensors.bytes
-                record = _cache_record(crossing)
-                # Split by split: a kill between two of them must not change what was chosen.
-                record["splits"] = {**earlier, **record["splits"]}
-                self.folder.write_info(cache=record)
-        console.say(_cache_line(self.layer.name, crossing))
+        """Return what crosses the cut, by split, and record where it is kept."""
+        earlier = self.folder.info.get("cache", {}).get("splits", {})
+
+        def note(crossing: Mapping[str, CrossingTensors]) -> None:
+            record = cache_record(crossing)
+            # Split by split: a kill between two of them must not change what was chosen.
+            record["splits"] = {**earlier, **record["splits"]}
+            self.folder.write_info(cache=record)
+
+        room = choose_room(self.request.cache_gib, self.request.cache_disk_gib, self._cache_path)
+        with self._timed("cache"):
+            crossing = cross_splits(
+                self.network,
+                self.split,
+                self.images.folder,
+                self.images.positions,
+                room,
+                earlier=earlier,
+                batch_size=self.config.batch_size,
+                with_images=self._with_images,
+                on_skip=self.images.skip,
+                on_choice=note,
+            )
+        console.say(cache_line(self.layer.name, crossing))
         return crossing
+
+    @property
+    def _with_images(self) -> tuple[str, ...]:
+        return ("train",) if self.config.needs_images else ()
 
     @property
     def _cache_path(self) -> Path:
@@ -303,21 +316,37 @@ class _Repair:
         loss: str,
         control: PlannedControl | None = None,
     ) -> Trained:
+        guidance = self.guidance(split.layer) if loss != "ce" else None
+        role = control.name if control else "repair"
         with console.progress(f"training {what}, epochs", self.config.epochs) as bar:
+
+            def finished(row: Row) -> None:
+                bar.advance()
+                if self.log is not None:
+                    self.log.add({**row, "role": role})
+
             trained = train_layer(
                 split,
                 crossing["train"],
                 crossing["val"],
                 self.config,
                 loss=loss,
-                role=control.name if control else "repair",
+                also=self._norm_after(split.layer),
+                role=role,
                 shuffled=control is not None and control.shuffled,
+                masks=guidance.masks if guidance else None,
+                class_weights=self.images.class_weights(self.network, self.config),
                 state_path=self._state_path(control.name if control else loss),
-                on_epoch=lambda row: bar.advance(),
+                on_epoch=finished,
             )
         if trained.stopped:
             console.say(f"{what} {trained.stopped}")
         return trained
+
+    def _norm_after(self, layer: Layer) -> dict[str, Tensor]:
+        if not self.config.with_norm:
+            return {}
+        return self.network.program.norm_parameters_after(layer.name)
 
     def _train_control(
         self, plan: PlannedControl, split: Split, crossing: Mapping[str, CrossingTensors]
@@ -337,36 +366,29 @@ class _Repair:
     def _train_elsewhere(self, plan: PlannedControl) -> _Control:
         """Train and judge a control on another layer, which has a prefix of its own."""
         split = self.network.program.split(plan.layer)
-        return self._train_control(plan, split, self._cross_elsewhere(plan, split))
+        crossing = self._cross_elsewhere(plan, split)
+        control = self._train_control(plan, split, crossing)
+        crossing.clear()
+        shutil.rmtree(self.folder.path / f"cache-{plan.name}", ignore_errors=True)
+        return control
 
     def _cross_elsewhere(self, plan: PlannedControl, split: Split) -> dict[str, CrossingTensors]:
-        """Return what crosses the cut of a control's layer, by split, as `_cross` does."""
-        asked = self.request.cache_gib
-        budget = default_budget_bytes() if asked is None else int(asked * GIB)
+        """Return what crosses the cut of a control's layer, by split."""
         recorded: Mapping[str, Any] = self.folder.info.get("control_caches", {})
-        earlier: Mapping[str, CacheKind] = recorded.get(plan.name, {})
-        total = sum(map(len, self.images.positions.values()))
-        crossing: dict[str, CrossingTensors] = {}
-        with (
-            self._timed(f"cache of {plan.name}"),
-            console.progress(f"computing what enters {plan.layer}", total) as bar,
-        ):
-            for name in _SPLITS:
-                crossing[name] = cross_tensors(
-                    self.network,
-                    split,
-                    self.images.folder,
-                    self.images.positions[name],
-                    budget_bytes=budget,
-                    kind=earlier.get(name),
-                    on_skip=self.images.skip,
-                    on_batch=bar.advance,
-                )
-                budget -= crossing[name].bytes
-                if crossing[name].kind == "recompute":
-                    bar.advance(len(crossing[name]))
-        kinds = {name: tensors.kind for name, tensors in crossing.items()}
-        self.folder.write_info(control_caches={**recorded, plan.name: kinds})
+        folder = self.folder.path / f"cache-{plan.name}"
+        with self._timed(f"cache of {plan.name}"):
+            crossing = cross_splits(
+                self.network,
+                split,
+                self.images.folder,
+                self.images.positions,
+                choose_room(self.request.cache_gib, self.request.cache_disk_gib, folder),
+                earlier=recorded.get(plan.name),
+                batch_size=self.config.batch_size,
+                with_images=self._with_images if plan.loss != "ce" else (),
+                on_skip=self.images.skip,
+            )
+        self.folder.write_info(control_caches={**recorded, plan.name: cache_kinds(crossing)})
         return crossing
 
     def _judge(self, test: CrossingTensors, repaired: Trained) -> _Judged:
@@ -393,11 +415,11 @@ class _Repair:
         index = {
             "images": entries,
             "layers": [self.layer.name],
-            "methods": [self.config.saliency],
+            "methods": [GALLERY_METHOD],
             "shown_layer": self.layer.name,
-            "shown_method": self.config.saliency,
+            "shown_method": GALLERY_METHOD,
         }
-        method, name = self.config.saliency, self.layer.name
+        method, name = GALLERY_METHOD, self.layer.name
         self.folder.write_maps(method, name, before[rows].numpy(), "before")
         self.folder.write_maps(method, name, after[rows].numpy(), "after")
         self.folder.write_gallery(index, list(pixels.permute(0, 2, 3, 1).numpy()))
@@ -441,7 +463,8 @@ class _Repair:
         # Judged by what lies on the disk; constants that no state dict holds, by the network.
         now = _hashes({**state, **load_file(self.folder.weights)})
         changed = [name for name, value in hashes.items() if now.get(name) != value]
-        others = [name for name in hashes if name not in self.split.parameter_names]
+        learned = {*self.split.parameter_names, *self._norm_after(self.layer)}
+        others = [name for name in hashes if name not in learned]
         identical = [name for name in others if name not in changed]
         return {"tensors": len(others), "identical": len(identical), "changed": changed}
 
@@ -635,12 +658,14 @@ def _recorded_settings(
                 f"{_shown(asked)}; "
                 "leave it out to resume, or start a new repair without --resume"
             )
-    train = repair.info["config"].get("train")
+    was = repair.info["config"]
     console.say(f"resuming {repair.name}")
     return recorded, replace(
         request,
         layer=repair.layer,
-        train=request.train or (Path(train) if train else None),
+        train=request.train or (Path(was["train"]) if was.get("train") else None),
+        masks=request.masks or (Path(was["masks"]) if was.get("masks") else None),
+        group=request.group or was.get("group"),
     )
 
 
@@ -656,14 +681,47 @@ def _check_has_maps(layer: Layer, config: RepairConfig) -> None:
         )
 
 
+def _guide(
+    run: Run, network: Network, images: _Images, request: RepairRequest, config: RepairConfig
+) -> Callable[[Layer], Guidance | None]:
+    """Return what says where the maps at a layer may lie; nothing where the loss does not ask."""
+
+    found: dict[tuple[int, int], Guidance] = {}
+
+    def at(layer: Layer) -> Guidance | None:
+        if not config.loss_function.needs_masks:
+            return None
+        size = network.program.input_size if config.needs_images else layer.map_size
+        if size not in found:
+            found[size] = find_guidance(
+                run,
+                images.folder,
+                images.positions["train"],
+                network.card.preprocessing,
+                size,
+                masks=request.masks,
+                group=request.group,
+            )
+        return found[size]
+
+    return at
+
+
 def _opening_record(
-    network: Network, layer: Layer, config: RepairConfig, request: RepairRequest, device: str
+    network: Network,
+    layer: Layer,
+    config: RepairConfig,
+    request: RepairRequest,
+    device: str,
+    guidance: Guidance | None,
 ) -> dict[str, Any]:
-    train = str(request.train) if request.train else None
+    sources = {"train": request.train, "masks": request.masks}
+    asked = {name: str(path) if path else None for name, path in sources.items()}
     return {
         "command": list(request.command),
         "alias": layer.alias,
-        "config": {**config.as_dict(), "train": train},
+        "config": {**config.as_dict(), **asked, "group": request.group},
+        "guidance": guidance.as_dict() if guidance else None,
         "versions": versions(),
         "device": device_record(device),
         "model": {
@@ -672,46 +730,6 @@ def _opening_record(
             "sha256_before": network.sha256,
         },
     }
-
-
-def _cache_record(crossing: Mapping[str, CrossingTensors]) -> dict[str, Any]:
-    return {
-        "kind": crossing["train"].kind,
-        "bytes": sum(tensors.bytes for tensors in crossing.values()),
-        "tensors": crossing["train"].tensors,
-        "seconds": sum(tensors.seconds for tensors in crossing.values()),
-        "splits": {name: tensors.kind for name, tensors in crossing.items()},
-    }
-
-
-def _cache_budgets(request: RepairRequest, folder: Path) -> tuple[int, int]:
-    """Return what the cache may take in memory and on the disk, in bytes."""
-    memory, disk = request.cache_gib, request.cache_disk_gib
-    if disk is None and memory == 0:  # asks for no cache at all
-        disk = 0
-    return (
-        default_budget_bytes() if memory is None else int(memory * GIB),
-        default_disk_bytes(folder) if disk is None else int(disk * GIB),
-    )
-
-
-def _cache_line(layer: str, crossing: Mapping[str, CrossingTensors]) -> str:
-    """Return where the tensors are, in one line, and why where they are nowhere."""
-    failures = [t.failure for t in crossing.values() if isinstance(t, RecomputedPrefix)]
-    why = next(filter(None, failures), None)
-    reason = (
-        f"the disk cache failed: {why}"
-        if why
-        else "it exceeds the budgets; --cache-gib and --cache-disk-gib raise them"
-    )
-    parts = []
-    for kind, wording in _CACHE_WORDINGS.items():
-        names = [name for name, tensors in crossing.items() if tensors.kind == kind]
-        size = sum(crossing[name].bytes for name in names)
-        amount = reason if kind == "recompute" else byte_size(size)
-        if names:
-            parts.append(f"{wording} for {', '.join(names)} ({amount})")
-    return f"what enters {layer} is {', '.join(parts)}"
 
 
 def _training_record(trained: Trained) -> dict[str, Any]:

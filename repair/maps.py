@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from audit.networks import Split
 
 GALLERY_SIZE = 24
+GALLERY_METHOD = "gradcam"  # whatever was trained on, so that repairs can be held side by side
 SSIM_WINDOW = 7  # scikit-image's default; smaller maps are enlarged to hold it
 
 _MAP_BATCH = 128

@@ -4,6 +4,8 @@ The layer's weight and bias are the only leaves; every other tensor enters the g
 in eval mode. After each epoch the validation cross entropy chooses the best weights so far (the
 untouched ones are the first candidate), a diverging run is rolled back to them, and a checkpoint is
 written: a run that was killed and resumed ends with the same bits as one that was not.
+
+Steps are taken in mixed precision where asked; what is judged is computed in the network's own.
 """
 
 from __future__ import annotations
@@ -12,19 +14,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import lr_scheduler
 
 from audit.errors import RunError
 from audit.files import replacing
-from audit.saliency import trainable_maps
-from repair.cache import CrossingTensors
-from repair.config import Optimizer, RepairConfig
+from audit.saliency import trainable_gradients, trainable_guided_maps, trainable_maps
+from repair.cache import CrossingBatch, CrossingTensors
+from repair.config import Optimizer, RepairConfig, Schedule
 from repair.controls import map_rotation
 from repair.decision import Predictions
 from repair.losses import LOSSES, LossTerms, cross_entropy
@@ -44,6 +48,18 @@ Row = dict[str, Any]  # of history.parquet
 _OPTIMIZERS: dict[Optimizer, Callable[[list[Tensor], float], torch.optim.Optimizer]] = {
     "sgd": lambda leaves, rate: torch.optim.SGD(leaves, lr=rate, momentum=MOMENTUM),
     "adamw": lambda leaves, rate: torch.optim.AdamW(leaves, lr=rate),
+}
+
+
+_SCHEDULES: dict[Schedule, Callable[[torch.optim.Optimizer, int], lr_scheduler.LRScheduler]] = {
+    "constant": lambda optimizer, epochs: lr_scheduler.ConstantLR(optimizer, factor=1.0),
+    "cosine": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
+    "linear": lambda optimizer, epochs: lr_scheduler.LinearLR(
+        optimizer, start_factor=1.0, end_factor=0.0, total_iters=epochs
+    ),
+    "step": lambda optimizer, epochs: lr_scheduler.StepLR(
+        optimizer, step_size=math.ceil(epochs / 3), gamma=0.1
+    ),
 }
 
 
@@ -82,6 +98,7 @@ class _State:
     leaves: dict[str, Tensor]
     best: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
+    scheduler: lr_scheduler.LRScheduler
 
 
 class DamagedCheckpointError(RunError):
@@ -102,6 +119,8 @@ def train_layer(
     also: Mapping[str, Tensor] | None = None,
     role: str | None = None,
     shuffled: bool = False,
+    masks: Tensor | None = None,
+    class_weights: Tensor | None = None,
     state_path: Path | None = None,
     on_epoch: Callable[[Row], None] | None = None,
 ) -> Trained:
@@ -116,6 +135,10 @@ def train_layer(
         also: Further state entries after the cut that learn too, with their first values.
         role: What the history calls it; `repair` or the name of the loss when None.
         shuffled: Charge each image for the map of another one of its batch.
+        masks: Where the map of each image may lie, (N, h, w) in [0, 1] by the image's position in
+            the folder's records; NaN throughout for images without one. Brought to the size of
+            the maps by area.
+        class_weights: Weight of each class's images in the loss, (K,).
         state_path: Checkpoint, written after each epoch; where one lies already, training goes on
             from it.
         on_epoch: Called with the history row of each finished epoch.
@@ -124,13 +147,22 @@ def train_layer(
         DamagedCheckpointError: What lies at `state_path` cannot be read.
     """
     first_values = {**split.parameters, **(also or {})}
+    lesson = _Lesson(
+        split=split,
+        images=train,
+        config=config,
+        loss=loss,
+        shuffled=shuffled,
+        masks=masks,
+        class_weights=class_weights,
+    )
     state = _start(first_values, split, validation, config, loss)
     if state_path is not None and state_path.is_file():
         _restore(state, state_path)
     with _deterministic_kernels():
         while state.epoch < config.epochs and state.stopped is None:
             started_s = time.perf_counter()
-            row = _one_epoch(state, split, train, validation, config, loss, shuffled)
+            row = _one_epoch(state, lesson, validation)
             row["seconds"] = time.perf_counter() - started_s
             state.seconds += row["seconds"]
             state.history.append(row)
@@ -182,24 +214,89 @@ def predict(
 
 def loss_terms(
     split: Split,
-    crossing: tuple[Tensor, ...],
-    labels: Tensor,
+    batch: CrossingBatch,
     parameters: Mapping[str, Tensor],
     config: RepairConfig,
     loss: str,
     *,
     rotation: int = 0,
+    masks: Tensor | None = None,
 ) -> LossTerms:
     """Return the loss of each image of a batch, differentiable in the parameters.
 
     Args:
         rotation: Image i is charged for the map of image i - rotation.
+        masks: By the image's position in the folder's records, as for `train_layer`.
     """
     chosen = LOSSES[loss]
-    if chosen.needs_maps:
+    crossing, labels = batch.crossing, batch.labels
+    if chosen.looks_at is None:
+        logits = split.suffix(crossing, parameters)
+        return chosen.terms(_exact(logits), None, labels, config.penalty)
+    if chosen.looks_at == "gradients":
+        maps, logits = trainable_gradients(split, crossing, parameters)
+    elif config.saliency == "guided-gradcam":
+        if batch.images is None:
+            raise ValueError("guided gradients need the images; pass with_images to cross_tensors")
+        maps, logits = trainable_guided_maps(split, batch.images, crossing, parameters, labels)
+    else:
         maps, logits = trainable_maps(split, crossing, parameters, labels)
-        return chosen.terms(logits, maps.roll(rotation, dims=0), labels, config.penalty)
-    return chosen.terms(split.suffix(crossing, parameters), None, labels, config.penalty)
+    maps = _exact(maps).roll(rotation, dims=0)
+    wanted = None
+    if masks is not None and chosen.needs_masks:
+        # NaN marks a whole image, so that the mean over an area keeps it.
+        own = masks[batch.positions].to(maps.device, maps.dtype).unsqueeze(1)
+        wanted = F.interpolate(own, size=maps.shape[1:], mode="area").squeeze(1)
+    return chosen.terms(_exact(logits), maps, labels, config.penalty, wanted)
+
+
+def _exact(values: Tensor) -> Tensor:
+    """Return values in at least single precision: a loss is not summed in 16 bits."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lesson:
+    """What the steps of one training learn from."""
+
+    split: Split
+    images: CrossingTensors
+    config: RepairConfig
+    loss: str
+    shuffled: bool
+    masks: Tensor | None
+    class_weights: Tensor | None
+
+    def terms(self, batch: CrossingBatch, leaves: Mapping[str, Tensor], step: int) -> LossTerms:
+        """Return the loss terms of a batch in the given optimizer step, in mixed precision where
+        asked."""
+        rotation = 0
+        if self.shuffled:
+            rotation = map_rotation(len(batch.positions), seed=self.config.seed, step=step)
+        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=self.config.amp):
+            return loss_terms(
+                self.split,
+                _channels_last(batch) if self.config.channels_last else batch,
+                leaves,
+                self.config,
+                self.loss,
+                rotation=rotation,
+                masks=self.masks,
+            )
+
+    def mean(self, terms: LossTerms, labels: Tensor) -> Tensor:
+        """Return the mean loss of a batch, images weighed by their classes."""
+        if self.class_weights is None:
+            return terms.loss.mean()
+        return (terms.loss * self.class_weights.to(terms.loss)[labels]).mean()
+
+
+def _channels_last(batch: CrossingBatch) -> CrossingBatch:
+    formatted = tuple(
+        tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+        for tensor in batch.crossing
+    )
+    return replace(batch, crossing=formatted)
 
 
 def _start(
@@ -210,10 +307,12 @@ def _start(
     loss: str,
 ) -> _State:
     leaves = {name: value.clone().requires_grad_() for name, value in first_values.items()}
+    optimizer = _OPTIMIZERS[config.optimizer](list(leaves.values()), config.learning_rate)
     state = _State(
         leaves=leaves,
         best=_copies(leaves),
-        optimizer=_OPTIMIZERS[config.optimizer](list(leaves.values()), config.learning_rate),
+        optimizer=optimizer,
+        scheduler=_SCHEDULES[config.schedule](optimizer, config.epochs),
     )
     row = {"role": _role(config, loss), "epoch": 0, **_validate(state, split, validation)}
     state.history.append(row)
@@ -221,21 +320,15 @@ def _start(
     return state
 
 
-def _one_epoch(
-    state: _State,
-    split: Split,
-    train: CrossingTensors,
-    validation: CrossingTensors,
-    config: RepairConfig,
-    loss: str,
-    shuffled: bool,
-) -> Row:
+def _one_epoch(state: _State, lesson: _Lesson, validation: CrossingTensors) -> Row:
     """Train through all images once, validate, and keep or roll back; return the history row."""
     state.epoch += 1
-    row: Row = {"role": _role(config, loss), "epoch": state.epoch}
+    config = lesson.config
+    row: Row = {"role": _role(config, lesson.loss), "epoch": state.epoch}
+    row["learning_rate"] = float(state.optimizer.param_groups[0]["lr"])
     try:
-        row |= _learn(state, split, train, config, loss, shuffled)
-        row |= _validate(state, split, validation)
+        row |= _learn(state, lesson)
+        row |= _validate(state, lesson.split, validation)
         _check_validation(row["val_ce"], state.history[0]["val_ce"])
     except _DivergedError as diverged:
         state.stopped = (
@@ -243,34 +336,29 @@ def _one_epoch(
             f"rolled back to the weights of epoch {state.best_epoch}"
         )
         return row
+    state.scheduler.step()
     if row["val_ce"] < state.best_entropy:
         state.best_entropy, state.best_epoch = row["val_ce"], state.epoch
         state.best = _copies(state.leaves)
+    waited = state.epoch - state.best_epoch
+    if config.patience and waited >= config.patience and state.epoch < config.epochs:
+        state.stopped = (
+            f"stopped early after epoch {state.epoch}: the validation cross entropy has not fallen "
+            f"for {waited} epochs; the weights are those of epoch {state.best_epoch}"
+        )
     return row
 
 
-def _learn(
-    state: _State,
-    split: Split,
-    train: CrossingTensors,
-    config: RepairConfig,
-    loss: str,
-    shuffled: bool,
-) -> Row:
+def _learn(state: _State, lesson: _Lesson) -> Row:
     leaves = list(state.leaves.values())
     totals: dict[str, float] = {}
     seen = 0
-    for rows in _batches(len(train), config, state.epoch):
-        batch = train.batch(rows)
+    for rows in _batches(len(lesson.images), lesson.config, state.epoch):
+        batch = lesson.images.batch(rows)
         if not len(batch.positions):
             continue
-        rotation = 0
-        if shuffled:
-            rotation = map_rotation(len(batch.positions), seed=config.seed, step=state.steps + 1)
-        terms = loss_terms(
-            split, batch.crossing, batch.labels, state.leaves, config, loss, rotation=rotation
-        )
-        mean = terms.loss.mean()
+        terms = lesson.terms(batch, state.leaves, state.steps + 1)
+        mean = lesson.mean(terms, batch.labels)
         gradients = torch.autograd.grad(mean, leaves, allow_unused=True, materialize_grads=True)
         _check_finite(mean, gradients, state.steps + 1)
         for leaf, gradient in zip(leaves, gradients, strict=True):
@@ -355,6 +443,7 @@ def _save(state: _State, path: Path) -> None:
         "leaves": {name: value.detach() for name, value in state.leaves.items()},
         "best": state.best,
         "optimizer": state.optimizer.state_dict(),
+        "scheduler": state.scheduler.state_dict(),
     }
     with replacing(path) as temporary:
         torch.save(document, temporary)
@@ -368,6 +457,7 @@ def _restore(state: _State, path: Path) -> None:
                 leaf.copy_(document["leaves"][name])
                 state.best[name].copy_(document["best"][name])
         state.optimizer.load_state_dict(document["optimizer"])
+        state.scheduler.load_state_dict(document["scheduler"])
     except Exception as error:
         raise DamagedCheckpointError(
             f"the checkpoint {path} is damaged; start the repair again without --resume"

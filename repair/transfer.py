@@ -28,8 +28,9 @@ from audit.files import write_bytes, write_json
 from audit.images import ImageFolder, Split, class_names, open_image_folder
 from audit.networks import Network, open_network, write_card
 from audit.statistics import bootstrap_mean
-from repair.cache import GIB, CrossingTensors, cross_tensors, default_budget_bytes
+from repair.cache import CrossingTensors
 from repair.config import RepairConfig
+from repair.crossing import choose_room, cross_splits
 from repair.decision import Predictions, compare, judge_penalty
 from repair.maps import map_similarity, true_class_maps
 from repair.new_head import FILTERS, head_split, with_new_head
@@ -125,6 +126,8 @@ def transfer_network(request: TransferRequest, config: RepairConfig) -> dict[str
     Raises:
         LayermendError: The model, the images or the place to write cannot be used.
     """
+    if config.loss_function.needs_masks:
+        raise UsageError(f"transfer has no masks, so --loss cannot be {config.loss}")
     present = [path for path in (request.out, _record_path(request.out)) if path.exists()]
     if present:
         raise UsageError(f"{present[0]} is there already; give another name with --out")
@@ -143,7 +146,7 @@ def transfer_network(request: TransferRequest, config: RepairConfig) -> dict[str
     )
     folder = open_image_folder(request.data, classes, seed=config.seed)
     start = with_new_head(network, classes, filters=request.filters, seed=config.seed)
-    crossing = _cross(start, folder, request)
+    crossing = _cross(start, folder, request, config)
     trainings = 2 if config.has_control else 1
     with console.progress("training the new head, epochs", trainings * config.epochs) as bar:
         found = transfer(start, crossing, config, on_epoch=lambda row: bar.advance())
@@ -218,21 +221,19 @@ def transfer(
 
 
 def _cross(
-    start: Network, folder: ImageFolder, request: TransferRequest
+    start: Network, folder: ImageFolder, request: TransferRequest, config: RepairConfig
 ) -> dict[str, CrossingTensors]:
     """Return the features of every image, by split."""
-    asked = request.cache_gib
-    budget = default_budget_bytes() if asked is None else int(asked * GIB)
     split, _ = head_split(start)
-    wanted = {name: positions(folder, name) for name in _SPLITS}
-    crossing: dict[str, CrossingTensors] = {}
-    with console.progress("computing features", sum(map(len, wanted.values()))) as bar:
-        for name, chosen in wanted.items():
-            crossing[name] = cross_tensors(
-                start, split, folder, chosen, budget_bytes=budget, on_batch=bar.advance
-            )
-            budget -= crossing[name].bytes
-    return crossing
+    wanted: dict[str, tuple[int, ...]] = {name: positions(folder, name) for name in _SPLITS}
+    return cross_splits(
+        start,
+        split,
+        folder,
+        wanted,
+        choose_room(request.cache_gib),
+        with_images=("train",) if config.needs_images else (),
+    )
 
 
 def _record_path(out: Path) -> Path:

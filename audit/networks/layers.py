@@ -56,6 +56,14 @@ class Layer:
         """True where the output has two spatial axes, so that class activation maps exist."""
         return len(self.output_shape) == 3
 
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """Height and width of its maps; (1, 1) where it has none."""
+        if not self.has_maps:
+            return 1, 1
+        height, width = self.output_shape[:2] if self.channels_last else self.output_shape[1:]
+        return height, width
+
 
 def with_aliases(
     layers: Sequence[Layer], *, pools_before: Sequence[int] | None

@@ -237,6 +237,15 @@ class Program:
             eps=float(cast(float, users[0].args[6])),
         )
 
+    def norm_parameters_after(self, layer: str) -> dict[str, Tensor]:
+        """Return scale and shift of the batch norm that takes the layer's output and nothing else
+        does, by state entry; empty where there is none, or none that has any."""
+        users = list(self._calls[self.layer(layer).name][-1].users)
+        if len(users) != 1 or users[0].target is not _BATCH_NORM:
+            return {}
+        names = [self._sources.get(arg) for arg in users[0].args[1:3] if isinstance(arg, fx.Node)]
+        return {name: self.state[name].detach() for name in names if isinstance(name, str)}
+
     def feeding(self, layer: str) -> frozenset[str]:
         """Return the other layers whose output reaches the layer's last call."""
         name = self.layer(layer).name
@@ -516,6 +525,13 @@ class Split:
         )
         activations, logits = compiled(tuple(crossing), self._program.state, parameters)
         return activations, logits
+
+    def guided_logits(
+        self, images: Tensor, parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the logits (B, K) of images (B, 3, H, W) through the whole network, whose
+        rectifiers pass only positive gradients."""
+        return self._program.watch(images, (), parameters, guided=True)[1]
 
 
 # -------------------------------------------------------------------- the exported program

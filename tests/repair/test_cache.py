@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import repair.cli
+import repair.crossing
 import repair.layer
 from audit.files import read_json, sha256_file
 from audit.images import ImageFolder, load_pixels
@@ -375,7 +376,7 @@ def test_a_killed_repair_keeps_its_kind_and_its_files(
 def test_a_kill_between_two_splits_does_not_change_the_choice(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cross_one = repair.layer.cross_tensors
+    cross_one = repair.crossing.cross_tensors
     done: list[Any] = []
 
     def killing(*given: Any, **more: Any) -> Any:
@@ -386,7 +387,7 @@ def test_a_kill_between_two_splits_does_not_change_the_choice(
 
     run = make_run()
     with monkeypatch.context() as patch:
-        patch.setattr(repair.layer, "cross_tensors", killing)
+        patch.setattr(repair.crossing, "cross_tensors", killing)
         with pytest.raises(Killed):
             repair_layer(run, QUICK, RepairRequest(cache_gib=0, cache_disk_gib=1))
     resumed = repair_layer(run, QUICK, RepairRequest(resume=True, cache_gib=1))

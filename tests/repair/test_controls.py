@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import repair.crossing
 import repair.layer
 from audit.errors import UsageError
 from audit.images import ImageFolder
@@ -204,12 +205,12 @@ def test_losses_that_see_no_maps_ignore_a_rotation(network: Network, folder: Ima
     ).batch(torch.arange(8))
 
     def loss(name: str, rotation: int) -> Tensor:
-        given = (split, images.crossing, images.labels, split.parameters, CONFIG, name)
+        given = (split, images, split.parameters, CONFIG, name)
         return loss_terms(*given, rotation=rotation).loss
 
     assert torch.equal(loss("ce", 0), loss("ce", 3))
     leaves = {name: value.requires_grad_() for name, value in split.parameters.items()}
-    given = (split, images.crossing, images.labels, leaves, CONFIG, "trust")
+    given = (split, images, leaves, CONFIG, "trust")
     whole, moved = loss_terms(*given), loss_terms(*given, rotation=3)
     assert whole.saliency is not None and moved.saliency is not None
     assert moved.saliency.tolist() == whole.saliency.tolist()[-3:] + whole.saliency.tolist()[:-3]
@@ -305,7 +306,7 @@ def test_one_layers_prefix_is_held_at_a_time(
         made.append((split.layer.name, weakref.ref(cache)))
         return cache
 
-    monkeypatch.setattr(repair.layer, "cross_tensors", watching)
+    monkeypatch.setattr(repair.crossing, "cross_tensors", watching)
     config = replace(CONFIG, epochs=1, controls=("next-layer", "last-layer"))
     repair_layer(rank_layers(make_run(), network), config, RepairRequest())
     assert held == [{DAMAGED}] * 3 + [{NEXT}] * 3 + [{"predictions"}] * 3

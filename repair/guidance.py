@@ -1,0 +1,197 @@
+"""Where the maps of the training images may lie: on the object, or anywhere but on an artefact.
+
+Losses that need masks get them from one of two places. Masks of the objects say for each image what
+it shows. An error group of the scan says where the network looked when it failed: no annotation is
+needed to forbid that region, in every image alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from audit.errors import RunError, UsageError
+from audit.images import ImageFolder
+from audit.images.decoding import UnreadableImageError
+from audit.images.masks import object_mask, open_masks
+from audit.runs import Run
+
+if TYPE_CHECKING:
+    from audit.networks import Preprocessing
+
+_FINE = 840  # pixels along a side of the raster of regions: halves to eighths fall between pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Where maps may lie, and who said so.
+
+    Attributes:
+        masks: (N, h, w) in [0, 1], by the image's position in the folder's records; NaN throughout
+            for images without a mask.
+        source: `masks` or the identity of an error group.
+        sentence: In plain words, for the record.
+        images: How many training images have one.
+    """
+
+    masks: Tensor
+    source: str
+    sentence: str
+    images: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"source": self.source, "sentence": self.sentence, "images": self.images}
+
+
+def find_guidance(
+    run: Run,
+    folder: ImageFolder,
+    positions: Sequence[int],
+    preprocessing: Preprocessing,
+    size: tuple[int, int],
+    *,
+    masks: Path | None = None,
+    group: str | None = None,
+    on_image: Callable[[], None] | None = None,
+) -> Guidance:
+    """Return where the maps of the training images may lie.
+
+    From the masks that are named, or the group; where neither is, from the masks that the scan was
+    given, or the first of its error groups that has a region.
+
+    Args:
+        run: The scan.
+        folder: Its images, and those added for training.
+        positions: Of the training images, in the folder's records.
+        preprocessing: Of the images; masks are cut and scaled like them.
+        size: Of the maps, (h, w).
+        masks: Folder of masks or COCO file.
+        group: Identity of an error group, such as `group-1`.
+        on_image: Called after each image whose mask was looked for.
+
+    Raises:
+        UsageError: Both are named, there is no such group, or it has no region.
+        RunError: Nothing is named and the scan has neither.
+        ImageError: The masks cannot be used.
+    """
+    if masks is not None and group is not None:
+        raise UsageError("--masks and --group exclude each other; give one of them")
+    if group is not None:
+        return _away_from(_group(run, group), folder, positions, size)
+    recorded = ((run.info.get("cases") or {}).get("masks") or {}).get("path")
+    path = masks or (Path(recorded) if recorded else None)
+    if path is not None:
+        return _on_objects(path, folder, positions, preprocessing, size, on_image)
+    found = next((one for one in run.groups["groups"] if one.get("cells")), None)
+    if found is None:
+        raise RunError(
+            "this loss must know where a map may lie, and the scan has neither masks nor an error "
+            "group with a region; give masks of the objects with --masks DIR"
+        )
+    return _away_from(found, folder, positions, size)
+
+
+def object_masks_at(
+    folder: ImageFolder,
+    positions: Sequence[int],
+    path: Path,
+    preprocessing: Preprocessing,
+    size: tuple[int, int],
+    *,
+    on_image: Callable[[], None] | None = None,
+) -> Tensor:
+    """Return how much of each place of a map the object covers, (N, h, w), by position.
+
+    NaN throughout for images that are not asked for, have no mask, or one that cannot be used.
+    """
+    found = open_masks(path, folder)
+    covered = torch.full((len(folder.records), *size), torch.nan)
+    for position in positions:
+        photo = folder.records[position].path
+        if photo in found:
+            try:
+                mask = torch.from_numpy(object_mask(found, photo, preprocessing))
+            except UnreadableImageError:
+                continue
+            if mask.any():
+                covered[position] = _by_area(mask, size)
+        if on_image is not None:
+            on_image()
+    return covered
+
+
+def outside_cells(cells: Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
+    """Return how much of each place of a map lies outside all cells, (h, w) in [0, 1].
+
+    Args:
+        cells: Left, top, right, bottom of each, in [0, 1].
+        size: (h, w).
+    """
+    raster = torch.ones(_FINE, _FINE)
+    for left, top, right, bottom in cells:
+        rows = slice(round(top * _FINE), round(bottom * _FINE))
+        raster[rows, round(left * _FINE) : round(right * _FINE)] = 0
+    return _by_area(raster, size)
+
+
+def _by_area(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(mask[None, None].float(), size=size, mode="area")[0, 0]
+
+
+def _on_objects(
+    path: Path,
+    folder: ImageFolder,
+    positions: Sequence[int],
+    preprocessing: Preprocessing,
+    size: tuple[int, int],
+    on_image: Callable[[], None] | None,
+) -> Guidance:
+    masks = object_masks_at(folder, positions, path, preprocessing, size, on_image=on_image)
+    known = int((~masks[list(positions)].isnan().flatten(1).any(dim=1)).sum())
+    if not known:
+        raise RunError(
+            f"none of the {len(positions)} training images has a usable mask in {path}; "
+            "the masks of an image folder lie at the same paths as its photos"
+        )
+    return Guidance(
+        masks=masks,
+        source="masks",
+        sentence=f"Maps may lie on the object: {known} of {len(positions)} training images have "
+        "a mask.",
+        images=known,
+    )
+
+
+def _away_from(
+    group: Mapping[str, Any], folder: ImageFolder, positions: Sequence[int], size: tuple[int, int]
+) -> Guidance:
+    if not group.get("cells"):
+        raise UsageError(
+            f"{group['id']} has no region: its images share what was said, not where the network "
+            "looked; choose another group, or give masks with --masks DIR"
+        )
+    allowed = outside_cells(group["cells"], size)
+    masks = torch.full((len(folder.records), *size), torch.nan)
+    masks[list(positions)] = allowed
+    return Guidance(
+        masks=masks,
+        source=str(group["id"]),
+        sentence=f"Maps may lie anywhere but at {group['region']}, where the network looked in "
+        f"the images of {group['id']}.",
+        images=len(positions),
+    )
+
+
+def _group(run: Run, identity: str) -> Mapping[str, Any]:
+    groups = run.groups["groups"]
+    for group in groups:
+        if group["id"] == identity:
+            return dict(group)
+    known = ", ".join(str(group["id"]) for group in groups) or "none"
+    raise UsageError(f"the scan has no error group {identity!r}; it has {known}")
