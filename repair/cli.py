@@ -115,6 +115,9 @@ def layer_command(
         bool, typer.Option("--tensorboard", help="Log every epoch for TensorBoard.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of images.")] = DEFAULTS.seed,
+    seeds: Annotated[
+        int, typer.Option(help="Train by so many seeds and judge the penalty over all of them.")
+    ] = DEFAULTS.seeds,
     device: Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")] = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the newest unfinished repair.")
@@ -173,6 +176,7 @@ def layer_command(
         "amp": amp,
         "channels_last": channels_last,
         "seed": seed,
+        "seeds": seeds,
         "controls": () if no_controls else parse_controls(controls),
     }
     config = RepairConfig(**settings)

@@ -50,6 +50,8 @@ class RepairConfig:
         amp: Whether steps are taken in mixed precision (bfloat16).
         channels_last: Whether what enters the layer is laid out channels last.
         seed: Of the order of the images and of every bootstrap.
+        seeds: How many seeds, from `seed` on, the repair and the controls on its layer are trained
+            by. The first one's weights are written; all of them say what the penalty does.
         controls: What the repair is compared with at equal compute, names from
             `repair.controls.CONTROLS` in their order.
 
@@ -75,6 +77,7 @@ class RepairConfig:
     amp: bool = False
     channels_last: bool = False
     seed: int = 0
+    seeds: int = 1
     controls: tuple[str, ...] = DEFAULT_CONTROLS
 
     def __post_init__(self) -> None:
@@ -95,8 +98,14 @@ class RepairConfig:
             raise UsageError(f"--batch-size is {self.batch_size}; expected at least 1")
         if self.patience < 0:
             raise UsageError(f"--patience is {self.patience}; expected 0 (never stop) or more")
+        if self.seeds < 1:
+            raise UsageError(f"--seeds is {self.seeds}; expected at least 1")
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"--seed is {self.seed}; expected 0 to {2**31 - 1}")
+
+    @property
+    def further_seeds(self) -> range:
+        return range(self.seed + 1, self.seed + self.seeds)
 
     @property
     def penalty(self) -> Penalty:

@@ -6,6 +6,9 @@
     random-layer   a layer drawn by the seed, by the same loss: would any layer do?
     last-layer     the last linear layer by plain cross entropy, on request: is that all it takes?
                    (Kirichenko et al. 2022, "Last layer re-training is sufficient")
+    full           all layers by plain cross entropy, on request: is one layer enough?
+    auto-rgn       the same, each tensor's learning rate scaled by its relative gradient norm, on
+                   request (Lee et al. 2022, "Surgical fine-tuning")
 
 `CONTROLS` names them all, `plan_controls` says which of the chosen ones a repair can have and on
 which layer; `repair.layer` trains and judges them. No torch here: the command line reads its
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
 
     from audit.networks import Layer
 
-Place = Literal["same", "next", "random", "last"]
+Place = Literal["same", "next", "random", "last", "all"]
+
+ALL_LAYERS = "all layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,7 @@ class Control:
         place: Which layer.
         plain: Whether plain cross entropy takes the place of the repair's loss.
         shuffled: Whether every image's map is that of another image of its batch.
+        surgical: Whether learning rates follow relative gradient norms.
         by_default: Whether a repair has it unless told otherwise.
     """
 
@@ -49,6 +55,7 @@ class Control:
     place: Place = "same"
     plain: bool = False
     shuffled: bool = False
+    surgical: bool = False
     by_default: bool = True
 
 
@@ -81,6 +88,22 @@ CONTROLS: dict[str, Control] = {
         plain=True,
         by_default=False,
     ),
+    "full": Control(
+        description="plain cross entropy on all layers, batch norm statistics frozen",
+        theirs="fine-tuning all layers by plain cross entropy",
+        place="all",
+        plain=True,
+        by_default=False,
+    ),
+    "auto-rgn": Control(
+        description="plain cross entropy on all layers, learning rates scaled by relative gradient "
+        "norms",
+        theirs="fine-tuning all layers by relative gradient norm",
+        place="all",
+        plain=True,
+        surgical=True,
+        by_default=False,
+    ),
 }
 DEFAULT_CONTROLS = tuple(name for name, control in CONTROLS.items() if control.by_default)
 
@@ -96,6 +119,12 @@ class PlannedControl:
     layer: str
     loss: str
     shuffled: bool
+    surgical: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether all layers learn, and not one."""
+        return self.layer == ALL_LAYERS
 
 
 def parse_controls(text: str) -> tuple[str, ...]:
@@ -160,6 +189,7 @@ def plan_controls(
             linear[-1] if linear and linear[-1] != layer.name else None,
             "it is the repaired one" if linear else "the network has no linear layer",
         ),
+        "all": (ALL_LAYERS, ""),
     }
     planned, left_out = [], {}
     for name in names:
@@ -181,6 +211,7 @@ def plan_controls(
                 layer=where,
                 loss="ce" if control.plain else loss,
                 shuffled=control.shuffled,
+                surgical=control.surgical,
             )
         )
     return tuple(planned), left_out

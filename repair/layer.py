@@ -39,9 +39,19 @@ from repair.cache import CrossingTensors
 from repair.config import RepairConfig
 from repair.controls import PlannedControl, plan_controls, ranked_layers
 from repair.crossing import cache_kinds, cache_line, cache_record, choose_room, cross_splits
-from repair.decision import Predictions, compare, decide, judge_control, judge_penalty
+from repair.decision import Predictions, compare, decide
 from repair.guidance import Guidance, find_guidance
 from repair.maps import GALLERY_METHOD, choose_gallery, map_similarity, true_class_maps
+from repair.outcome import (
+    Control,
+    Judged,
+    Repeat,
+    control_record,
+    penalty_record,
+    plain_control,
+    seeds_record,
+    training_record,
+)
 from repair.sources import (
     Additions,
     open_scanned_images,
@@ -251,6 +261,7 @@ class _Repair:
         repaired = self._train(crossing)
         here = [one for one in self.controls if one.layer == self.layer.name]
         controls = [self._train_control(one, self.split, crossing) for one in here]
+        repeats = self._repeat(here, crossing)
         with self._timed("judging"):
             judged = self._judge(crossing["test"], repaired)
         with self._timed("maps"):
@@ -262,7 +273,7 @@ class _Repair:
         controls.sort(key=lambda ran: self.controls.index(ran.plan))
         frozen = self._write_network(repaired, hashes)
         self._write_tables(judged, similarity, repaired, controls)
-        self._write_record(judged, similarity, frozen, cache, sizes, repaired, controls)
+        self._write_record(judged, similarity, frozen, cache, sizes, repaired, controls, repeats)
         for state in self.folder.path.glob("state-*.pt"):
             state.unlink()
         shutil.rmtree(self._cache_path, ignore_errors=True)
@@ -303,7 +314,7 @@ class _Repair:
         return self.folder.path / "cache"
 
     def _train(self, crossing: Mapping[str, CrossingTensors]) -> Trained:
-        trained = self._epochs("the repair", self.split, crossing, loss=self.config.loss)
+        trained = self._epochs("the repair", self.split, crossing)
         self.timings_s["repair"] = trained.seconds
         return trained
 
@@ -313,11 +324,17 @@ class _Repair:
         split: Split,
         crossing: Mapping[str, CrossingTensors],
         *,
-        loss: str,
         control: PlannedControl | None = None,
+        seed: int | None = None,
     ) -> Trained:
+        """Train the repair or a control, by the configured seed or another one."""
+        config, again = self.config, ""
+        if seed is not None:
+            config, again = replace(config, seed=seed), f"-seed{seed}"
+        loss = control.loss if control else config.loss
+        whole = control is not None and control.whole
         guidance = self.guidance(split.layer) if loss != "ce" else None
-        role = control.name if control else "repair"
+        role = (control.name if control else "repair") + again
         with console.progress(f"training {what}, epochs", self.config.epochs) as bar:
 
             def finished(row: Row) -> None:
@@ -329,14 +346,15 @@ class _Repair:
                 split,
                 crossing["train"],
                 crossing["val"],
-                self.config,
+                config,
                 loss=loss,
-                also=self._norm_after(split.layer),
+                also={} if whole else self._norm_after(split.layer),
                 role=role,
                 shuffled=control is not None and control.shuffled,
                 masks=guidance.masks if guidance else None,
                 class_weights=self.images.class_weights(self.network, self.config),
-                state_path=self._state_path(control.name if control else loss),
+                surgical=control is not None and control.surgical,
+                state_path=self._state_path((control.name if control else loss) + again),
                 on_epoch=finished,
             )
         if trained.stopped:
@@ -350,22 +368,40 @@ class _Repair:
 
     def _train_control(
         self, plan: PlannedControl, split: Split, crossing: Mapping[str, CrossingTensors]
-    ) -> _Control:
+    ) -> Control:
         """Train and judge a control; one whose checkpoint is damaged starts again."""
         what = f"the control {plan.name}"
         try:
-            trained = self._epochs(what, split, crossing, loss=plan.loss, control=plan)
+            trained = self._epochs(what, split, crossing, control=plan)
         except DamagedCheckpointError:
             console.say(f"the checkpoint of {what} is damaged; it starts again")
             self._state_path(plan.name).unlink()
-            trained = self._epochs(what, split, crossing, loss=plan.loss, control=plan)
+            trained = self._epochs(what, split, crossing, control=plan)
         self.timings_s[plan.name] = trained.seconds
         said, _ = predict(split, crossing["test"], trained.parameters)
-        return _Control(plan=plan, trained=trained, predictions=said)
+        return Control(plan=plan, trained=trained, predictions=said)
 
-    def _train_elsewhere(self, plan: PlannedControl) -> _Control:
+    def _repeat(
+        self, plans: Sequence[PlannedControl], crossing: Mapping[str, CrossingTensors]
+    ) -> list[Repeat]:
+        """Train the repair and its controls on the same layer again, by further seeds."""
+        repeats = []
+        with self._timed("repeats"):
+            for seed in self.config.further_seeds:
+                for plan in (None, *plans):
+                    what = f"the control {plan.name}" if plan else "the repair"
+                    trained = self._epochs(
+                        f"{what}, seed {seed}", self.split, crossing, control=plan, seed=seed
+                    )
+                    said, _ = predict(self.split, crossing["test"], trained.parameters)
+                    name = plan.name if plan else "repair"
+                    repeats.append(Repeat(seed=seed, name=name, predictions=said))
+        return repeats
+
+    def _train_elsewhere(self, plan: PlannedControl) -> Control:
         """Train and judge a control on another layer, which has a prefix of its own."""
-        split = self.network.program.split(plan.layer)
+        program = self.network.program
+        split = program.uncut() if plan.whole else program.split(plan.layer)
         crossing = self._cross_elsewhere(plan, split)
         control = self._train_control(plan, split, crossing)
         crossing.clear()
@@ -391,13 +427,13 @@ class _Repair:
         self.folder.write_info(control_caches={**recorded, plan.name: cache_kinds(crossing)})
         return crossing
 
-    def _judge(self, test: CrossingTensors, repaired: Trained) -> _Judged:
+    def _judge(self, test: CrossingTensors, repaired: Trained) -> Judged:
         before, found = predict(self.split, test)
         after, _ = predict(self.split, test, repaired.parameters)
-        return _Judged(before=before, after=after, positions=found)
+        return Judged(before=before, after=after, positions=found)
 
     def _write_maps(
-        self, test: CrossingTensors, judged: _Judged, repaired: Trained
+        self, test: CrossingTensors, judged: Judged, repaired: Trained
     ) -> np.ndarray | None:
         """Write the gallery; return the SSIM of each test image, None where there are no maps."""
         if not self.layer.has_maps:
@@ -425,7 +461,7 @@ class _Repair:
         self.folder.write_gallery(index, list(pixels.permute(0, 2, 3, 1).numpy()))
         return similarity
 
-    def _gallery_entry(self, judged: _Judged, row: int) -> dict[str, Any]:
+    def _gallery_entry(self, judged: Judged, row: int) -> dict[str, Any]:
         record = self.images.folder.records[int(judged.positions[row])]
         classes = self.network.card.classes
         return {
@@ -470,10 +506,10 @@ class _Repair:
 
     def _write_tables(
         self,
-        judged: _Judged,
+        judged: Judged,
         similarity: np.ndarray | None,
         repaired: Trained,
-        controls: Sequence[_Control],
+        controls: Sequence[Control],
     ) -> None:
         histories = [repaired.history, *(control.trained.history for control in controls)]
         self.folder.write_history([row for history in histories for row in history])
@@ -486,7 +522,7 @@ class _Repair:
             **self._columns(judged.before, "before"),
             **self._columns(judged.after, "after"),
         }
-        plain = _plain(controls)
+        plain = plain_control(controls)
         if plain is not None:
             columns |= self._columns(plain.predictions, "control")
         if similarity is not None:
@@ -505,14 +541,17 @@ class _Repair:
 
     def _write_record(
         self,
-        judged: _Judged,
+        judged: Judged,
         similarity: np.ndarray | None,
         frozen: Mapping[str, Any],
         cache: Mapping[str, Any],
         sizes: Mapping[str, int],
         repaired: Trained,
-        controls: Sequence[_Control],
+        controls: Sequence[Control],
+        repeats: Sequence[Repeat],
     ) -> None:
+        seeds = seeds_record(judged, controls, repeats, self.config)
+        left_out = list(self.folder.info.get("controls_left_out", {}).values())
         seed, classes = self.config.seed, self.network.card.classes
         difference = compare(judged.before, judged.after, seed=seed)
         decision = decide(judged.before, judged.after, difference, classes)
@@ -535,64 +574,19 @@ class _Repair:
             cache=cache,
             data=self.images.as_dict(),
             splits=sizes,
-            training=_training_record(repaired),
+            training=training_record(repaired),
             before=judged.before.metrics(classes, seed=seed),
             after=judged.after.metrics(classes, seed=seed),
             difference=difference.as_dict(),
-            controls=[self._control_record(judged, control) for control in controls],
+            controls=[control_record(judged, c, self.network, seed=seed) for c in controls],
+            seeds=seeds,
             ssim=_ssim_record(similarity, seed),
             decision=verdict,
             reasons=reasons,
-            penalty=self._penalty_record(judged, controls),
+            penalty=penalty_record(judged, controls, self.config, left_out=left_out, seeds=seeds),
             timings_s=self.timings_s,
             peak_memory_mib=peak_memory_mib(),
         )
-
-    def _control_record(self, judged: _Judged, control: _Control) -> dict[str, Any]:
-        seed, classes = self.config.seed, self.network.card.classes
-        said = control.predictions
-        return {
-            "name": control.plan.name,
-            "description": control.plan.description,
-            "layer": control.plan.layer,
-            "alias": self.network.layer(control.plan.layer).alias,
-            "loss": control.plan.loss,
-            "after": said.metrics(classes, seed=seed),
-            "difference": compare(judged.before, said, seed=seed).as_dict(),
-            "versus_repair": compare(said, judged.after, seed=seed).as_dict(),
-            **_training_record(control.trained),
-        }
-
-    def _penalty_record(self, judged: _Judged, controls: Sequence[_Control]) -> dict[str, Any]:
-        earned, sentence = self._penalty_judgement(judged, _plain(controls))
-        further = [
-            judge_control(
-                judged.after,
-                control.predictions,
-                compare(control.predictions, judged.after, seed=self.config.seed),
-                ours=control.plan.ours,
-                theirs=control.plan.theirs,
-            )
-            for control in controls
-            if control.plan.theirs
-        ]
-        left_out = self.folder.info.get("controls_left_out", {}).values()
-        return {
-            "earned": earned,
-            "sentence": sentence,
-            "sentences": [sentence, *further, *left_out],
-        }
-
-    def _penalty_judgement(
-        self, judged: _Judged, plain: _Control | None
-    ) -> tuple[bool | None, str]:
-        if not self.config.loss_function.needs_maps:
-            return None, "No penalty was used."
-        if plain is None:
-            return None, "The penalty was not judged: plain cross entropy was not run beside it."
-        versus = compare(plain.predictions, judged.after, seed=self.config.seed)
-        judgement = judge_penalty(judged.after, plain.predictions, versus)
-        return judgement.earned, judgement.sentence
 
     def _state_path(self, name: str) -> Path:
         """Return where a training's checkpoint lies: the repair's by its loss, others by name."""
@@ -603,29 +597,6 @@ class _Repair:
         started_s = time.perf_counter()
         yield
         self.timings_s[step] = time.perf_counter() - started_s
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Judged:
-    """What the networks say about the test split, row by row, and where its images stand."""
-
-    before: Predictions
-    after: Predictions
-    positions: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Control:
-    """A control that was trained, and what it says about the test split."""
-
-    plan: PlannedControl
-    trained: Trained
-    predictions: Predictions
-
-
-def _plain(controls: Sequence[_Control]) -> _Control | None:
-    """Return the control by plain cross entropy on the same layer, None where it was not run."""
-    return next((control for control in controls if control.plan.name == "ce"), None)
 
 
 def _ranked_layers(run: Run) -> list[str]:
@@ -729,15 +700,6 @@ def _opening_record(
             "arch": network.card.arch,
             "sha256_before": network.sha256,
         },
-    }
-
-
-def _training_record(trained: Trained) -> dict[str, Any]:
-    return {
-        "best_epoch": trained.best_epoch,
-        "steps": trained.steps,
-        "stopped": trained.stopped,
-        "seconds": trained.seconds,
     }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 EVALUATION_BATCH = 256
 MOMENTUM = 0.9
+RGN_BATCHES = 8
 # A validation cross entropy beyond both is a wreck, not a detour: three times the start, and three
 # nats above it (the true classes' probabilities fell twentyfold).
 WRECKED_FACTOR = 3.0
@@ -121,6 +122,7 @@ def train_layer(
     shuffled: bool = False,
     masks: Tensor | None = None,
     class_weights: Tensor | None = None,
+    surgical: bool = False,
     state_path: Path | None = None,
     on_epoch: Callable[[Row], None] | None = None,
 ) -> Trained:
@@ -139,6 +141,8 @@ def train_layer(
             the folder's records; NaN throughout for images without one. Brought to the size of
             the maps by area.
         class_weights: Weight of each class's images in the loss, (K,).
+        surgical: Scale each entry's steps by its relative gradient norm, found anew in every epoch
+            (Auto-RGN; Lee et al. 2022, "Surgical fine-tuning", section 4).
         state_path: Checkpoint, written after each epoch; where one lies already, training goes on
             from it.
         on_epoch: Called with the history row of each finished epoch.
@@ -155,6 +159,7 @@ def train_layer(
         shuffled=shuffled,
         masks=masks,
         class_weights=class_weights,
+        surgical=surgical,
     )
     state = _start(first_values, split, validation, config, loss)
     if state_path is not None and state_path.is_file():
@@ -266,6 +271,7 @@ class _Lesson:
     shuffled: bool
     masks: Tensor | None
     class_weights: Tensor | None
+    surgical: bool
 
     def terms(self, batch: CrossingBatch, leaves: Mapping[str, Tensor], step: int) -> LossTerms:
         """Return the loss terms of a batch in the given optimizer step, in mixed precision where
@@ -351,6 +357,7 @@ def _one_epoch(state: _State, lesson: _Lesson, validation: CrossingTensors) -> R
 
 def _learn(state: _State, lesson: _Lesson) -> Row:
     leaves = list(state.leaves.values())
+    shares = _relative_gradient_norms(state, lesson) if lesson.surgical else None
     totals: dict[str, float] = {}
     seen = 0
     for rows in _batches(len(lesson.images), lesson.config, state.epoch):
@@ -363,7 +370,10 @@ def _learn(state: _State, lesson: _Lesson) -> Row:
         _check_finite(mean, gradients, state.steps + 1)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
-        state.optimizer.step()
+        if shares is None:
+            state.optimizer.step()
+        else:
+            _step_by_shares(state.optimizer, leaves, shares)
         state.steps += 1
         seen += len(batch.positions)
         for name, value in _sums(terms).items():
@@ -371,6 +381,38 @@ def _learn(state: _State, lesson: _Lesson) -> Row:
     if not seen:
         raise RunError("there is no image to learn from; scan more images, or add some by --train")
     return {name: total / seen for name, total in totals.items()}
+
+
+def _relative_gradient_norms(state: _State, lesson: _Lesson) -> list[float]:
+    """Return each leaf's mean gradient norm over its own norm, the largest one scaled to 1.
+
+    Differs from source: over at most `RGN_BATCHES` batches of the epoch, not all of them, and per
+    tensor whatever the optimizer.
+    """
+    leaves = list(state.leaves.values())
+    sums = [0.0] * len(leaves)
+    for rows in _batches(len(lesson.images), lesson.config, state.epoch)[:RGN_BATCHES]:
+        batch = lesson.images.batch(rows)
+        if not len(batch.positions):
+            continue
+        mean = lesson.mean(lesson.terms(batch, state.leaves, state.steps + 1), batch.labels)
+        gradients = torch.autograd.grad(mean, leaves, allow_unused=True, materialize_grads=True)
+        for number, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
+            size = float(torch.linalg.vector_norm(leaf.detach()))
+            sums[number] += float(torch.linalg.vector_norm(gradient)) / size if size > 0 else 0.0
+    largest = max(sums)
+    return [value / largest if largest > 0 else 1.0 for value in sums]
+
+
+def _step_by_shares(
+    optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor], shares: Sequence[float]
+) -> None:
+    """Take an optimizer step, of which each leaf takes its share: a learning rate of its own."""
+    before = [leaf.detach().clone() for leaf in leaves]
+    optimizer.step()
+    with torch.no_grad():
+        for leaf, old, share in zip(leaves, before, shares, strict=True):
+            leaf.copy_(torch.lerp(old, leaf, share))
 
 
 def _batches(images: int, config: RepairConfig, epoch: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ from audit.errors import LayerNotFoundError
 
 __all__ = ["Layer", "find_layer", "match_layers", "with_aliases"]
 
-LayerKind = Literal["conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear"]
+LayerKind = Literal["conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "network"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Layer:
     Attributes:
         name: Module path, as in the state dict without ``.weight``.
         aliases: Further names that the layer answers to.
-        kind: The operation.
+        kind: The operation; `network` for all layers together.
         shape: Shape of the weight.
         parameters: Number of trainable values, bias included.
         parameter_names: State entries that training changes.

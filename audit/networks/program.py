@@ -40,6 +40,7 @@ _LAYER_KINDS: dict[Any, LayerKind] = {
     aten.linear.default: "linear",
 }
 _POOLS = {aten.max_pool2d.default, aten.avg_pool2d.default}
+ALL_LAYERS = "all layers"
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 _IMAGES = object()  # marks the placeholder of the images among the state names
 
@@ -97,6 +98,7 @@ class Program:
         any_state = next(iter(self.state.values()))
         self.device = any_state.device
         self.dtype = cast(torch.dtype, self._images.meta["val"].dtype)
+        self._parameter_names = tuple(parameters)
         self._image_dependent = _reachable_from([self._images], self._nodes)
         self._calls: dict[str, list[fx.Node]] = {}
         self.layers = self._find_layers(set(parameters))
@@ -262,6 +264,20 @@ class Program:
         if found.name not in self._splits:
             self._splits[found.name] = self._split(found)
         return self._splits[found.name]
+
+    def uncut(self) -> Split:
+        """Return the whole network as if it were one layer: images cross, everything learns."""
+        names = tuple(name for name in self._parameter_names if name in self.state)
+        everything = Layer(
+            name=ALL_LAYERS,
+            kind="network",
+            shape=(),
+            parameters=sum(self.state[name].numel() for name in names),
+            parameter_names=names,
+            output_shape=(self.classes,),
+            index=0,
+        )
+        return Split(self, everything, (self._images,))
 
     def prefixes(
         self, images: Tensor, layers: Sequence[str]

@@ -77,7 +77,11 @@ def test_json_is_the_only_thing_on_stdout(
     [
         (["--name", "block2_conv9"], 1, "no layer 'block2_conv9'"),
         (["--lambda", "1.5"], 2, "lambda is 1.5"),
-        (["--loss", "hope"], 2, "--loss is 'hope'; expected one of trust, trust-masks, energy, rrr, ce"),
+        (
+            ["--loss", "hope"],
+            2,
+            "--loss is 'hope'; expected one of trust, trust-masks, energy, rrr, ce",
+        ),
         (["--scale", "none"], 2, "unknown scale 'none'"),
         (["--epochs", "0"], 2, "--epochs is 0"),
         (["--controls", "ce,hope"], 2, "'hope'; expected one or more of ce,shuffled,next-layer,"),

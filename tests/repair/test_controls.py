@@ -90,6 +90,8 @@ def test_every_control_is_recorded_with_its_layer_and_as_many_steps(
         "shuffled": DAMAGED,
         "next-layer": NEXT,
         "last-layer": "predictions",
+        "full": "all layers",
+        "auto-rgn": "all layers",
     }
     assert drawn in {"block1_conv1", "block3_conv1"}
     steps = {one["steps"] for one in repaired.info["controls"]}
@@ -228,6 +230,8 @@ def test_the_penalty_is_told_in_one_sentence_for_each_control(
         "next-layer": f"Repairing {DAMAGED} ",
         "random-layer": f"Repairing {DAMAGED} ",
         "last-layer": f"Repairing {DAMAGED} ",
+        "full": f"Repairing {DAMAGED} ",
+        "auto-rgn": f"Repairing {DAMAGED} ",
     }
     accuracy = repaired.info["after"]["accuracy"]["value"]
     assert len(further) == len(starts)
