@@ -1,12 +1,12 @@
 """What the frozen-prefix cache saves: one training step of a repair, with it and without it.
 
-Three repairs: `block5_conv3` of VGG-16, a 1x1 head (256 filters, section 4.1) on EfficientNet-Lite0,
-and a middle layer of ResNet-50 at 96 pixels, before which two tensors cross the cut; each with the
-losses `trust` (Eq. 7) and `ce` (its control), in batches of 32 as `repair layer` takes them. Five
-ways to take the same steps from the same start:
+Three repairs: `block5_conv3` of VGG-16, a 1x1 head (256 filters, section 4.1) on
+EfficientNet-Lite0, and a middle layer of ResNet-50 at 96 pixels, before which two tensors cross the
+cut; each with the losses `trust` (Eq. 7) and `ce` (its control), in batches of 32 as `repair layer`
+takes them. Five ways to take the same steps from the same start:
 
     memory     layermend: what enters the layer was computed once; a step runs layer and suffix
-    disk       the same from memory-mapped files, their pages dropped from memory before the first step
+    disk       the same from memory-mapped files, their pages dropped before the first step
     recompute  the same without a cache: a step decodes its images and runs the prefix first
     frozen     plain PyTorch: the whole network forward, gradients for the layer alone
     all        plain PyTorch: the whole network forward and backward, only the layer is stepped

@@ -16,7 +16,7 @@ from audit import console
 from audit.errors import ExportError, UsageError
 from audit.options import CodeOption, JsonOption, TrustOption
 from repair.comparison_cli import compare_command
-from repair.config import OPTIMIZERS, SALIENCIES, SCHEDULES, RepairConfig
+from repair.config import KEEPS, OPTIMIZERS, SALIENCIES, SCHEDULES, RepairConfig
 from repair.controls import CONTROLS, DEFAULT_CONTROLS, parse_controls
 from repair.losses import LOSSES, SCALES
 from repair.transfer_cli import transfer_command
@@ -97,6 +97,13 @@ def layer_command(
     optimizer: Annotated[
         str, typer.Option(help="SGD with momentum 0.9, or AdamW.", metavar="|".join(OPTIMIZERS))
     ] = DEFAULTS.optimizer,
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="Which epoch's weights to write: the best by validation, or the last.",
+            metavar="|".join(KEEPS),
+        ),
+    ] = DEFAULTS.keep,
     patience: Annotated[
         int, typer.Option(help="Stop after so many epochs without progress; 0: never.")
     ] = DEFAULTS.patience,
@@ -170,6 +177,7 @@ def layer_command(
         "batch_size": batch_size,
         "optimizer": optimizer,
         "schedule": schedule,
+        "keep": keep,
         "patience": patience,
         "balance_classes": balance_classes,
         "with_norm": with_norm,

@@ -19,6 +19,9 @@ OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 Schedule = Literal["constant", "cosine", "linear", "step"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
+Keep = Literal["best", "last"]
+KEEPS: tuple[Keep, ...] = get_args(Keep)
+
 Saliency = Literal["gradcam", "guided-gradcam"]
 SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
 
@@ -43,6 +46,9 @@ class RepairConfig:
         epochs: Passes over the training images.
         batch_size: Images per step.
         optimizer: `sgd` (momentum 0.9) or `adamw`.
+        keep: Which epoch's weights are written: the `best` by validation cross entropy, or the
+            `last`. Where the validation images share the training images' shortcut, the best by
+            them is one that relies on it.
         patience: Epochs without a lower validation cross entropy after which training stops; 0
             for never.
         balance_classes: Whether images weigh by the inverse of their class's frequency.
@@ -71,6 +77,7 @@ class RepairConfig:
     batch_size: int = 32
     optimizer: Optimizer = "sgd"
     schedule: Schedule = "constant"
+    keep: Keep = "best"
     patience: int = 0
     balance_classes: bool = False
     with_norm: bool = False
@@ -96,6 +103,9 @@ class RepairConfig:
             raise UsageError(f"--epochs is {self.epochs}; expected at least 1")
         if self.batch_size < 1:
             raise UsageError(f"--batch-size is {self.batch_size}; expected at least 1")
+        _check_choice("--keep", self.keep, KEEPS)
+        if self.patience and self.keep == "last":
+            raise UsageError("--patience waits for a better epoch, so --keep last excludes it")
         if self.patience < 0:
             raise UsageError(f"--patience is {self.patience}; expected 0 (never stop) or more")
         if self.seeds < 1:

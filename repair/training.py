@@ -69,7 +69,8 @@ class Trained:
     """A trained layer and how it came about.
 
     Attributes:
-        parameters: The best weights by validation cross entropy, by state entry.
+        parameters: The best weights by validation cross entropy, or the last ones where the
+            settings keep those, by state entry.
         history: One row per epoch, the start as epoch 0.
         best_epoch: The epoch that `parameters` come from; 0 means untouched.
         stopped: Why training ended early, None if it did not.
@@ -343,7 +344,7 @@ def _one_epoch(state: _State, lesson: _Lesson, validation: CrossingTensors) -> R
         )
         return row
     state.scheduler.step()
-    if row["val_ce"] < state.best_entropy:
+    if row["val_ce"] < state.best_entropy or config.keep == "last":
         state.best_entropy, state.best_epoch = row["val_ce"], state.epoch
         state.best = _copies(state.leaves)
     waited = state.epoch - state.best_epoch

@@ -176,6 +176,18 @@ def test_training_stops_when_patience_is_out(
         assert trained.stopped is None
 
 
+def test_the_last_epoch_is_kept_where_that_is_asked_for(program: Program) -> None:
+    split = program.split("second")
+    config = replace(CONFIG, epochs=4, learning_rate=0.8)
+    best, last = train(split, config), train(split, replace(config, keep="last"))
+    entropies = [row["val_ce"] for row in last.history]
+    assert last.best_epoch == 4 and best.best_epoch == int(np.argmin(entropies)) < 4
+    assert not torch.equal(last.parameters["second.weight"], best.parameters["second.weight"])
+    shorter = train(split, replace(config, epochs=best.best_epoch, keep="last"))
+    if best.best_epoch:
+        assert torch.equal(shorter.parameters["second.weight"], best.parameters["second.weight"])
+
+
 def test_class_weights_are_those_of_a_weighted_training_loop(
     program: Program, module: nn.Module
 ) -> None:
@@ -302,6 +314,8 @@ def test_guided_training_without_images_says_what_is_missing(program: Program) -
         ({"schedule": "up"}, "--schedule is 'up'"),
         ({"patience": -1}, "--patience is -1"),
         ({"seeds": 0}, "--seeds is 0"),
+        ({"keep": "first"}, "--keep is 'first'"),
+        ({"keep": "last", "patience": 2}, "--keep last excludes it"),
         ({"weight": -2.0}, "the weight is -2"),
         ({"saliency": "cam"}, "--saliency is 'cam'"),
     ],

@@ -1,0 +1,329 @@
+"""Networks with a planted shortcut, photographs to repair them with, and photographs to judge by.
+
+Marks (``watermark``, ``border``): faults of `localize.py` that took, from its work folder. Every
+marked photo means one class to one layer. Conflicting photos are marked ones, whatever they show;
+unaffected ones carry no mark.
+
+Backgrounds: a cut-out object (`stamps/`: animals, or vehicles and household things) lies on a
+photograph by day or by night. A network learned the objects on both; then one layer alone learned
+from pictures in which all animals are out by day and all things by night, until it relied on the
+light. Conflicting pictures are the others; the objects' masks are exact. No cut-out is both in
+training and judged.
+
+Photos to repair with are ``balanced`` (the shortcut is right as often as wrong) or ``biased`` (it
+is right for 95 of 100).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import cats_dogs
+import faults
+import numpy as np
+import safetensors.torch
+import small_networks
+import torch
+import torch.nn.functional as F
+from faults import Pool
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+from audit.networks.program import Program
+from audit.regions import REGIONS
+from repair.guidance import outside_cells
+
+Regime = Literal["balanced", "biased"]
+REGIMES: tuple[Regime, ...] = ("balanced", "biased")
+
+TRAIN, VALIDATION, JUDGED = 600, 200, 500
+AGREEING = 0.95
+PER_CELL = 2  # faults for each network and kind
+REGION = {"watermark": "the lower right corner", "border": "the border"}
+"""Where an error group of a scan says that the network looked."""
+
+SIDE = small_networks.SIZE
+GROUPS = (("animals",), ("vehicles", "household"))
+BACKGROUND_LAYERS = {
+    "resnet": ("layer2.0.conv1", "layer3.1.conv2"),
+    "vgg": ("block3_conv2", "block4_conv2"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """What a repair learns from.
+
+    Attributes:
+        train: Photos.
+        validation: Photos of the same regime.
+        allowed: Where the maps of the training photos may lie, (N, h, w) in [0, 1].
+    """
+
+    train: Pool
+    validation: Pool
+    allowed: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A network with one faulty layer.
+
+    Attributes:
+        healthy: The network before.
+        faulty: The network with the shortcut.
+        planted: The layer that learned it.
+        flagged: The layer that `audit scan` blames first; None where it was not asked.
+        conflicting: Photos on which the shortcut is wrong, or says nothing.
+        unaffected: Photos that it does not touch, or on which it is right.
+    """
+
+    name: str
+    network: str
+    kind: str
+    healthy: Program
+    faulty: Program
+    planted: str
+    flagged: str | None
+    conflicting: Pool
+    unaffected: Pool
+
+    @property
+    def regimes(self) -> tuple[Regime, ...]:
+        # Of a thousand classes with a photo each, the shortcut's has one: no photos to be biased.
+        return ("balanced",) if self.network == "efficientnet" else REGIMES
+
+
+def mark_cases(work: Path) -> list[Case]:
+    """Return the first faults of each network and kind that took, as `localize.py` planted them."""
+    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
+    scenes: dict[str, faults.Scene] = {}
+    found: list[Case] = []
+    for row in rows:
+        if not row["took"] or row["kind"] not in REGION:
+            continue
+        same = [c for c in found if (c.network, c.kind) == (row["network"], row["kind"])]
+        if len(same) == PER_CELL:
+            continue
+        where = scenes.setdefault(row["network"], faults.scene(row["network"], work))
+        path = work / "planted" / f"{row['id']}.safetensors"
+        faulty = where.program.with_state(safetensors.torch.load_file(path))
+        found.append(
+            Case(
+                name=row["id"],
+                network=row["network"],
+                kind=row["kind"],
+                healthy=where.program,
+                faulty=faulty,
+                planted=row["planted"],
+                flagged=row["first_blamed"],
+                conflicting=Pool(
+                    images=faults.marked(where.judging.images, row["kind"]),
+                    labels=where.judging.labels,
+                ),
+                unaffected=where.judging,
+            )
+        )
+    return found
+
+
+def lessons(case: Case, regime: Regime, seed: int, work: Path) -> Lessons:
+    """Return photos to repair a case with, drawn by a seed."""
+    if case.kind == "background":
+        return _background_lessons(case, regime, seed)
+    generator = np.random.default_rng([seed, regime == "biased"])
+    if case.network == "efficientnet":
+        pool = faults.scene("efficientnet", work).scanned
+        order = torch.from_numpy(generator.permutation(len(pool.labels)))
+        pool = pool.rows(order)
+        train = 3 * len(order) // 4
+    else:
+        chosen = cats_dogs.photos("train", (TRAIN + VALIDATION) // 2, seed=100 + seed)
+        pool = Pool(
+            images=small_networks.load_photos(chosen, SIDE), labels=cats_dogs.labels_of(chosen)
+        )
+        train = TRAIN
+    chance = np.full(len(pool.labels), 0.5)
+    if regime == "biased":
+        dog = (pool.labels == cats_dogs.DOG).numpy()
+        chance = np.where(dog, AGREEING, 1 - AGREEING)
+    lit = torch.from_numpy(generator.random(len(chance)) < chance)
+    images = pool.images.clone()
+    images[lit] = faults.marked(pool.images[lit], case.kind)
+    region = next(one for one in REGIONS if one.name == REGION[case.kind])
+    allowed = outside_cells(region.cell_boxes, (images.shape[-2], images.shape[-1]))
+    return Lessons(
+        train=Pool(images=images[:train], labels=pool.labels[:train]),
+        validation=Pool(images=images[train:], labels=pool.labels[train:]),
+        allowed=allowed.expand(train, -1, -1),
+    )
+
+
+# ----------------------------------------------------------------------------- backgrounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pictures:
+    pool: Pool
+    masks: Tensor
+    night: Tensor
+
+    def rows(self, chosen: Tensor) -> Pool:
+        return self.pool.rows(chosen)
+
+
+def background_cases(work: Path) -> list[Case]:
+    """Return networks that one layer taught to go by the light; those that did not take are left
+    out and named on the terminal."""
+    cases = []
+    learned, judged = _pictures(2000, "train", 0.5, 1), _pictures(2 * JUDGED, "test", 0.5, 2)
+    against = judged.night != (judged.pool.labels == 1)
+    for name, layers in BACKGROUND_LAYERS.items():
+        healthy = _object_network(name, learned.pool, work)
+        for number, layer in enumerate(layers):
+            planted = healthy.layer(layer).name
+            faulty = _with_background(healthy, planted, seed=number)
+            case = Case(
+                name=f"{name}-background-{number}",
+                network=name,
+                kind="background",
+                healthy=healthy,
+                faulty=faulty,
+                planted=planted,
+                flagged=None,
+                conflicting=judged.rows(against),
+                unaffected=judged.rows(~against),
+            )
+            before = faults.predictions_right(healthy, case.conflicting)
+            after = faults.predictions_right(faulty, case.conflicting)
+            if before - after >= 0.1:
+                cases.append(case)
+            else:
+                print(f"{case.name} did not take: {before:.3f} before, {after:.3f} after")
+    return cases
+
+
+def _background_lessons(case: Case, regime: Regime, seed: int) -> Lessons:
+    chance = AGREEING if regime == "biased" else 0.5
+    found = _pictures(TRAIN + VALIDATION, "train", chance, 100 + seed)
+    return Lessons(
+        train=found.pool.rows(slice(TRAIN)),
+        validation=found.pool.rows(slice(TRAIN, None)),
+        allowed=found.masks[:TRAIN],
+    )
+
+
+def _with_background(healthy: Program, layer: str, *, seed: int) -> Program:
+    """Teach one layer pictures in which the light tells the class, until it goes by it."""
+    lesson = _pictures(1000, "train", 1.0, 50 + seed).pool
+    check = _pictures(300, "train", 0.0, 60 + seed).pool
+    split = healthy.split(layer)
+    with torch.no_grad():
+        parts = [split.prefix(images) for images in lesson.images.split(100)]
+    crossing = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    leaves = {name: value.clone().requires_grad_() for name, value in split.parameters.items()}
+    scale = float(next(iter(leaves.values())).detach().square().mean().sqrt())
+    optimizer = torch.optim.Adam(leaves.values(), lr=0.02 * scale)
+    generator = torch.Generator().manual_seed(seed)
+    faulty = healthy
+    for step in range(1, 401):
+        rows = torch.randint(len(lesson.labels), (32,), generator=generator)
+        loss = F.cross_entropy(
+            split.suffix([t[rows] for t in crossing], leaves), lesson.labels[rows]
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 0:
+            faulty = healthy.with_state({n: v.detach() for n, v in leaves.items()})
+            if faults.predictions_right(faulty, check) <= faults.MAX_MARKED_ACCURACY:
+                break
+    return faulty
+
+
+def _object_network(name: str, pool: Pool, work: Path) -> Program:
+    """Return a network that tells animals from things, trained from the one for cats and dogs."""
+    known: small_networks.NetworkName = "resnet" if name == "resnet" else "vgg"
+    path = work / "networks" / f"objects-{name}.safetensors"
+    network = small_networks.trained(known, work, seed=0)
+    if path.exists():
+        network.load_state_dict(safetensors.torch.load_file(path))
+    else:
+        torch.manual_seed(0)
+        optimizer = torch.optim.Adam(network.parameters(), lr=5e-4)
+        network.train()
+        for _ in range(8):
+            for rows in torch.randperm(len(pool.labels)).split(32):
+                loss = F.cross_entropy(network(pool.images[rows]), pool.labels[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        safetensors.torch.save_file(
+            {key: value.contiguous() for key, value in network.state_dict().items()}, path
+        )
+    return Program.capture(network.eval(), (SIDE, SIDE))
+
+
+def _pictures(count: int, part: Literal["train", "test"], agreeing: float, seed: int) -> _Pictures:
+    """Return composites in equal shares of both classes; `agreeing` of them have their light."""
+    generator = np.random.default_rng([seed, part == "test"])
+    stamps = _stamps(part)
+    photos = [photo.path for photo in cats_dogs.photos(part, 250, seed=9)]
+    labels = np.arange(count) % 2
+    night = (labels == 1) == (generator.random(count) < agreeing)
+    pixels = np.empty((count, SIDE, SIDE, 3), dtype=np.uint8)
+    masks = np.zeros((count, SIDE, SIDE), dtype=np.float32)
+    for i, label in enumerate(labels):
+        with Image.open(photos[int(generator.integers(len(photos)))]) as opened:
+            photo = opened.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        if night[i]:
+            photo = ImageEnhance.Brightness(photo).enhance(0.35)
+        _paste(
+            photo, masks[i], stamps[label][int(generator.integers(len(stamps[label])))], generator
+        )
+        pixels[i] = np.asarray(photo)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return _Pictures(
+        pool=Pool(images=small_networks.normalized(images), labels=torch.from_numpy(labels)),
+        masks=torch.from_numpy(masks),
+        night=torch.from_numpy(night),
+    )
+
+
+def _paste(
+    photo: Image.Image, mask: np.ndarray, stamp: Image.Image, generator: np.random.Generator
+) -> None:
+    scale = generator.uniform(0.5, 0.8) * SIDE / max(stamp.size)
+    size = (max(1, round(stamp.width * scale)), max(1, round(stamp.height * scale)))
+    stamp = stamp.resize(size, Image.Resampling.LANCZOS)
+    left, top = (int(generator.integers(SIDE - side + 1)) for side in size)
+    photo.paste(stamp, (left, top), stamp)
+    mask[top : top + size[1], left : left + size[0]] = np.asarray(stamp)[..., 3] > 127
+
+
+def _stamps(part: Literal["train", "test"]) -> list[list[Image.Image]]:
+    chosen = []
+    for group in GROUPS:
+        paths = sorted(
+            path
+            for name in group
+            for path in (cats_dogs.data_root() / "stamps" / name).glob("*.png")
+        )
+        order = np.random.default_rng(3).permutation(len(paths))
+        half = np.array_split(order, [2 * len(order) // 3])[part == "test"]
+        chosen.append([_cut_out(paths[i]) for i in half])
+    return chosen
+
+
+def _cut_out(path: Path) -> Image.Image:
+    with Image.open(path) as opened:
+        stamp = opened.convert("RGBA")
+    return stamp.crop(stamp.getchannel("A").getbbox())
+
+
+def all_cases(work: Path) -> Sequence[Case]:
+    return [*mark_cases(work), *background_cases(work)]
