@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from audit import __version__
+from audit.after_section import CASE_COLUMNS, after_sentences, case_moves
 from audit.cases_section import NUMBERS as CASE_NUMBERS
 from audit.cases_section import cases_section
 from audit.errors import RunError
@@ -198,6 +199,9 @@ def _repair(repair: RepairFolder) -> dict[str, Any]:
         "figures": repair_figures(info) if finished else [],
         "penalty": penalty_sentences(info),
         "comparison": comparison_rows(info) if finished else [],
+        "after": after_sentences(info),
+        "case_columns": CASE_COLUMNS,
+        "case_moves": case_moves(info),
         "classes": class_rows(info.get("before") or {}, info.get("after") or {}),
         "classes_note": classes_note(info.get("before") or {}),
         "facts": repair_facts(info),

@@ -145,6 +145,8 @@ REPAIR_IMAGES = {
     "right_control": _FLAG,
     "ce_control": _REAL,
     "ssim": _REAL,
+    "case_before": _INT,
+    "case_after": _INT,
 }
 REPAIR_HISTORY = {
     "role": _TEXT,
@@ -154,6 +156,7 @@ REPAIR_HISTORY = {
     "saliency_mean": _REAL,
     "r1": _REAL,
     "r2": _REAL,
+    "learning_rate": _REAL,
     "val_ce": _REAL,
     "val_accuracy": _REAL,
     "best": _FLAG,

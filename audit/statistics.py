@@ -189,6 +189,33 @@ def calibration_error(confidence: ArrayLike, right: ArrayLike, *, bins: int = 15
     return float(np.abs(gaps).sum() / sure.size)
 
 
+def calibration_interval(
+    confidence: ArrayLike,
+    right: ArrayLike,
+    *,
+    seed: int,
+    bins: int = 15,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Interval:
+    """Return the expected calibration error with its percentile bootstrap interval over images.
+
+    Arguments as for `calibration_error`. Resampling adds noise to every bin, and noise adds to the
+    error: the interval lies somewhat high.
+    """
+    value = calibration_error(confidence, right, bins=bins)
+    sure = np.asarray(confidence, dtype=np.float64).ravel()
+    gaps = np.asarray(right, dtype=np.float64).ravel() - sure
+    bin_of = np.clip(np.ceil(sure * bins).astype(np.int64) - 1, 0, bins - 1)
+    own = [np.where(bin_of == b, gaps, 0.0) for b in np.unique(bin_of)]
+
+    def errors(drawn: Integers) -> Floats:
+        return np.asarray(sum(np.abs(values[drawn].sum(axis=1)) for values in own) / sure.size)
+
+    replicates = _bootstrap(errors, sure.size, seed=seed, resamples=resamples)
+    return _percentile(value, replicates, level)
+
+
 def classification_metrics(
     labels: ArrayLike,
     predicted: ArrayLike,

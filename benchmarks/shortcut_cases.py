@@ -7,8 +7,9 @@ unaffected ones carry no mark.
 Backgrounds: a cut-out object (`stamps/`: animals, or vehicles and household things) lies on a
 photograph by day or by night. A network learned the objects on both; then one layer alone learned
 from pictures in which all animals are out by day and all things by night, until it relied on the
-light. Conflicting pictures are the others; the objects' masks are exact. No cut-out is both in
-training and judged.
+light. Conflicting pictures are the others; the objects' masks are exact. Photographs to learn from
+and to judge by share none; the cut-outs are the same (with unseen ones, 160 of them teach too
+little: 62 and 73 % were right).
 
 Photos to repair with are ``balanced`` (the shortcut is right as often as wrong) or ``biased`` (it
 is right for 95 of 100).
@@ -180,7 +181,7 @@ def background_cases(work: Path) -> list[Case]:
     """Return networks that one layer taught to go by the light; those that did not take are left
     out and named on the terminal."""
     cases = []
-    learned, judged = _pictures(2000, "train", 0.5, 1), _pictures(2 * JUDGED, "test", 0.5, 2)
+    learned, judged = _pictures(3000, "train", 0.5, 1), _pictures(2 * JUDGED, "test", 0.5, 2)
     against = judged.night != (judged.pool.labels == 1)
     for name, layers in BACKGROUND_LAYERS.items():
         healthy = _object_network(name, learned.pool, work)
@@ -256,7 +257,7 @@ def _object_network(name: str, pool: Pool, work: Path) -> Program:
         torch.manual_seed(0)
         optimizer = torch.optim.Adam(network.parameters(), lr=5e-4)
         network.train()
-        for _ in range(8):
+        for _ in range(12):
             for rows in torch.randperm(len(pool.labels)).split(32):
                 loss = F.cross_entropy(network(pool.images[rows]), pool.labels[rows])
                 optimizer.zero_grad()
@@ -271,7 +272,7 @@ def _object_network(name: str, pool: Pool, work: Path) -> Program:
 def _pictures(count: int, part: Literal["train", "test"], agreeing: float, seed: int) -> _Pictures:
     """Return composites in equal shares of both classes; `agreeing` of them have their light."""
     generator = np.random.default_rng([seed, part == "test"])
-    stamps = _stamps(part)
+    stamps = _stamps()
     photos = [photo.path for photo in cats_dogs.photos(part, 250, seed=9)]
     labels = np.arange(count) % 2
     night = (labels == 1) == (generator.random(count) < agreeing)
@@ -305,17 +306,14 @@ def _paste(
     mask[top : top + size[1], left : left + size[0]] = np.asarray(stamp)[..., 3] > 127
 
 
-def _stamps(part: Literal["train", "test"]) -> list[list[Image.Image]]:
+def _stamps() -> list[list[Image.Image]]:
+    """Return the cut-outs of each class."""
     chosen = []
     for group in GROUPS:
-        paths = sorted(
-            path
-            for name in group
-            for path in (cats_dogs.data_root() / "stamps" / name).glob("*.png")
+        folders = [cats_dogs.data_root() / "stamps" / name for name in group]
+        chosen.append(
+            [_cut_out(path) for folder in folders for path in sorted(folder.glob("*.png"))]
         )
-        order = np.random.default_rng(3).permutation(len(paths))
-        half = np.array_split(order, [2 * len(order) // 3])[part == "test"]
-        chosen.append([_cut_out(paths[i]) for i in half])
     return chosen
 
 

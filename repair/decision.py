@@ -46,12 +46,14 @@ class Predictions:
         predicted: Class of the largest logit, int64.
         p_true: Probability of the true class, [0, 1].
         cross_entropies: -log p of the true class, nats.
+        p_predicted: Probability of the predicted class, [0, 1]; None where it was not kept.
     """
 
     labels: np.ndarray
     predicted: np.ndarray
     p_true: np.ndarray
     cross_entropies: np.ndarray
+    p_predicted: np.ndarray | None = None
 
     @property
     def right(self) -> np.ndarray:

@@ -35,6 +35,7 @@ from audit.networks import Layer, Network, Split, write_card
 from audit.networks.network import sha256_state
 from audit.runs import RepairFolder, Run
 from audit.statistics import bootstrap_mean
+from repair.after import SCORED_IMAGES, MapComparison, calibration_record, compare_maps
 from repair.cache import CrossingTensors
 from repair.config import RepairConfig
 from repair.controls import PlannedControl, plan_controls, ranked_layers
@@ -152,7 +153,9 @@ def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> Repa
             console.say(sentence)
         repair.write_info(controls_left_out=left_out)
         with TrainingLog.open(repair.path if request.tensorboard else None) as log:
-            job = _Repair(repair, network, layer, config, request, images, controls, guide, log)
+            job = _Repair(
+                run, repair, network, layer, config, request, images, controls, guide, log
+            )
             job.finish()
     except KeyboardInterrupt:
         console.say("stopped; go on with `repair layer --resume`")
@@ -232,6 +235,7 @@ class _Repair:
 
     def __init__(
         self,
+        run: Run,
         repair: RepairFolder,
         network: Network,
         layer: Layer,
@@ -242,6 +246,7 @@ class _Repair:
         guidance: Callable[[Layer], Guidance | None],
         log: TrainingLog | None,
     ) -> None:
+        self.run = run
         self.folder = repair
         self.network = network
         self.layer = layer
@@ -266,14 +271,18 @@ class _Repair:
             judged = self._judge(crossing["test"], repaired)
         with self._timed("maps"):
             similarity = self._write_maps(crossing["test"], judged, repaired)
+        with self._timed("cases"):
+            maps = self._compare_maps(judged, repaired)
         cache = cache_record(crossing)
         sizes = {name: len(tensors) for name, tensors in crossing.items()}
         crossing.clear()  # its memory goes to the layers that follow
         controls += [self._train_elsewhere(one) for one in self.controls if one not in here]
         controls.sort(key=lambda ran: self.controls.index(ran.plan))
         frozen = self._write_network(repaired, hashes)
-        self._write_tables(judged, similarity, repaired, controls)
-        self._write_record(judged, similarity, frozen, cache, sizes, repaired, controls, repeats)
+        self._write_tables(judged, similarity, maps, repaired, controls)
+        self._write_record(
+            judged, similarity, maps, frozen, cache, sizes, repaired, controls, repeats
+        )
         for state in self.folder.path.glob("state-*.pt"):
             state.unlink()
         shutil.rmtree(self._cache_path, ignore_errors=True)
@@ -461,6 +470,23 @@ class _Repair:
         self.folder.write_gallery(index, list(pixels.permute(0, 2, 3, 1).numpy()))
         return similarity
 
+    def _compare_maps(self, judged: Judged, repaired: Trained) -> MapComparison | None:
+        total = 2 * min(len(judged.positions), SCORED_IMAGES)
+        with console.progress("judging maps before and after", total) as bar:
+            return compare_maps(
+                self.run,
+                self.network,
+                repaired.parameters,
+                self.images.folder,
+                judged.positions.tolist(),
+                judged.before,
+                judged.after,
+                layer=self.layer.name,
+                seed=self.config.seed,
+                batch_size=self.config.batch_size,
+                on_batch=bar.advance,
+            )
+
     def _gallery_entry(self, judged: Judged, row: int) -> dict[str, Any]:
         record = self.images.folder.records[int(judged.positions[row])]
         classes = self.network.card.classes
@@ -508,6 +534,7 @@ class _Repair:
         self,
         judged: Judged,
         similarity: np.ndarray | None,
+        maps: MapComparison | None,
         repaired: Trained,
         controls: Sequence[Control],
     ) -> None:
@@ -527,6 +554,8 @@ class _Repair:
             columns |= self._columns(plain.predictions, "control")
         if similarity is not None:
             columns["ssim"] = similarity
+        if maps is not None:
+            columns |= maps.columns(len(records))
         self.folder.write_images(columns)
 
     def _columns(self, predictions: Predictions, when: str) -> dict[str, Any]:
@@ -543,6 +572,7 @@ class _Repair:
         self,
         judged: Judged,
         similarity: np.ndarray | None,
+        maps: MapComparison | None,
         frozen: Mapping[str, Any],
         cache: Mapping[str, Any],
         sizes: Mapping[str, int],
@@ -551,6 +581,7 @@ class _Repair:
         repeats: Sequence[Repeat],
     ) -> None:
         seeds = seeds_record(judged, controls, repeats, self.config)
+        plain = plain_control(controls)
         left_out = list(self.folder.info.get("controls_left_out", {}).values())
         seed, classes = self.config.seed, self.network.card.classes
         difference = compare(judged.before, judged.after, seed=seed)
@@ -581,6 +612,10 @@ class _Repair:
             controls=[control_record(judged, c, self.network, seed=seed) for c in controls],
             seeds=seeds,
             ssim=_ssim_record(similarity, seed),
+            cases=maps.as_dict(seed=seed) if maps else None,
+            calibration=calibration_record(
+                judged.before, judged.after, plain.predictions if plain else None, seed=seed
+            ),
             decision=verdict,
             reasons=reasons,
             penalty=penalty_record(judged, controls, self.config, left_out=left_out, seeds=seeds),

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from audit.after_section import after_sentences, case_moves
 from audit.runs import RepairFolder
 from audit.wording import penalty_sentences
 
@@ -27,6 +28,7 @@ def repair_summary(repair: RepairFolder) -> RenderableType:
         *(Text(f"- {reason}") for reason in info["reasons"]),
         Text(_frozen_line(info["frozen"])),
     ]
+    lines += _after(info)
     if info.get("ssim"):
         lines.append(Text(f"Maps before and after: SSIM {_interval(info['ssim'], digits=3)}"))
     lines.append(Text(f"Weights of epoch {info['training']['best_epoch']}, by validation."))
@@ -99,6 +101,18 @@ def export_summary(proof: Record, model: Path) -> RenderableType:
         *(Text(f"- {reason}") for reason in proof["reasons"]),
         Text(f"Model: {model} ({(proof['bytes'] or 0) / 2**20:.1f} MiB)"),
     )
+
+
+def _after(info: Record) -> list[RenderableType]:
+    """Return what a repair did beyond accuracy."""
+    lines: list[RenderableType] = []
+    moves = case_moves(info)
+    if moves:
+        table = Table(*moves[0], title="images by case", title_justify="left")
+        for row in moves:
+            table.add_row(*row.values())
+        lines.append(table)
+    return [*lines, *(Text(sentence) for sentence in after_sentences(info))]
 
 
 def _metrics_table(info: Record) -> Table:

@@ -203,17 +203,21 @@ def predict(
         for rows in _chunks(torch.arange(len(images)), EVALUATION_BATCH):
             batch = images.batch(rows)
             logits = split.suffix(batch.crossing, parameters)
+            sure, predicted = logits.double().softmax(dim=1).max(dim=1)
             nats = cross_entropy(logits.double(), batch.labels)
-            chunks.append(
-                (batch.labels.cpu(), logits.argmax(dim=1).cpu(), nats.cpu(), batch.positions)
-            )
+            said = (batch.labels, predicted, nats, sure, batch.positions)
+            chunks.append(tuple(values.cpu() for values in said))
     if not chunks:
         raise RunError("there is no image to judge the network on; scan more images")
-    labels, predicted, entropies, positions = (
+    labels, classes, entropies, confidences, positions = (
         np.asarray(torch.cat(parts)) for parts in zip(*chunks, strict=True)
     )
     predictions = Predictions(
-        labels=labels, predicted=predicted, p_true=np.exp(-entropies), cross_entropies=entropies
+        labels=labels,
+        predicted=classes,
+        p_true=np.exp(-entropies),
+        cross_entropies=entropies,
+        p_predicted=confidences,
     )
     return predictions, positions
 

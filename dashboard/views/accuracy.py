@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
+from audit.after_section import CASE_COLUMNS, after_sentences, case_moves
 from audit.rendering import part
 from audit.report import class_rows, classes_note
 from audit.runs import RepairFolder, Run
@@ -32,6 +33,11 @@ def _show_repair(repair: RepairFolder) -> None:
     st.html(part("section", "Accuracy of each class, before and after", note))
     st.html(part("legend", [("bad", "before"), ("good", "after")]))
     st.html(part("forest", class_rows(info.get("before") or {}, info["after"])))
+    told, moves = after_sentences(info), case_moves(info)
+    if told:
+        st.html(part("section", "Beyond accuracy", " ".join(told)))
+    if moves:
+        st.html(part("table", moves, CASE_COLUMNS))
     with problems_shown():
         images = repair.images
         st.html(
