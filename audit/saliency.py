@@ -204,7 +204,7 @@ def trainable_guided_maps(
     """
     maps, logits = trainable_maps(split, crossing, parameters, targets)
     leaf = images.detach().requires_grad_()
-    guided_logits = split.guided_logits(leaf, parameters)
+    guided_logits = split.whole_logits(leaf, parameters, guided=True)
     (guided,) = torch.autograd.grad(target_scores(guided_logits, targets), leaf, create_graph=True)
     return guided_grad_cam(maps, guided).abs().sum(dim=1), logits
 
@@ -213,24 +213,30 @@ def trainable_gradients(
     split: Split,
     crossing: Sequence[Tensor],
     parameters: Mapping[str, Tensor] | None,
+    images: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return where the layer's output decides, and the logits, both with their graph.
+    """Return where the layer's output, or the image, decides, and the logits, with their graph.
 
     G = sum over channels of (d/dA sum over k of log p_k)^2       Source: Ross et al. 2017, Eq. 1,
-                                        at the layer's output A instead of the image
+                            where A is the image; here the layer's output unless images are given
 
     Args:
-        crossing: As for `trainable_maps`.
+        crossing: As for `trainable_maps`; not used where images are given.
         parameters: As for `trainable_maps`.
+        images: What `crossing` came from, normalized, (B, 3, H, W); the whole network is run.
 
     Returns:
-        G >= 0, (B, h, w), and logits, (B, K).
+        G >= 0, (B, h, w) in the size of A, and logits, (B, K).
     """
-    activations, logits = split.activations_and_logits(crossing, parameters)
-    (gradients,) = torch.autograd.grad(
-        logits.log_softmax(dim=1).sum(), activations, create_graph=True
-    )
-    return gradients.square().sum(dim=-1 if split.layer.channels_last else 1), logits
+    if images is None:
+        place, logits = split.activations_and_logits(crossing, parameters)
+        axis = -1 if split.layer.channels_last else 1
+    else:
+        place, axis = images.detach().requires_grad_(), 1
+        logits = split.whole_logits(place, parameters)
+    log_probabilities = logits.log_softmax(dim=1)
+    (gradients,) = torch.autograd.grad(log_probabilities.sum(), place, create_graph=True)
+    return gradients.square().sum(dim=axis), logits
 
 
 def guided_gradients(

@@ -51,11 +51,11 @@ from repair.config import RepairConfig
 from repair.training import train_layer
 
 SEEDS, CHOOSING_SEED = (0, 1, 2, 3, 4), 5
-TRAIN, HELD_OUT, FEW = 20_000, 5_000, 500
+TRAIN, HELD_OUT, FEW = 10_000, 5_000, 500
 EPOCHS, BATCH, RATE = 4, 64, 1e-3
 SIDE, PATCH = 28, 4
 LAYERS = ("conv1", "conv2")
-FEW_LAYERS = ("conv1", "conv2", "hidden", "output")
+FLAT_LAYERS = ("hidden", "output")
 RRR_WEIGHTS = (0.1, 1.0, 10.0, 100.0)
 WEIGHTS = {"energy": (1.0, 10.0, 100.0), "rrr": (1.0, 10.0, 100.0), "trust-masks": (1.0,)}
 REPAIR = RepairConfig(
@@ -65,18 +65,22 @@ LITERATURE = {"vanilla": 60.1, "rrr_full": 99.0, "cdep": 97.2, "expected_gradien
 
 
 class Digits(nn.Module):
-    """The network of CDEP's DecoyMNIST experiment, for three equal channels."""
+    """Two 3x3 convolutions at full resolution, one pooling, two linear layers.
+
+    Networks that pool after each 5x5 convolution hardly look at the patch: they were right on 98 %
+    of the test digits without any correction, so there was nothing to correct.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 20, 5)
-        self.conv2 = nn.Conv2d(20, 50, 5)
-        self.hidden = nn.Linear(4 * 4 * 50, 256)
-        self.output = nn.Linear(256, 10)
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 16, 3, padding=1)
+        self.hidden = nn.Linear(14 * 14 * 16, 64)
+        self.output = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = F.max_pool2d(self.conv1(images).relu(), 2)
-        features = F.max_pool2d(self.conv2(features).relu(), 2)
+        features = self.conv2(self.conv1(images).relu()).relu()
+        features = F.max_pool2d(features, 2)
         return self.output(self.hidden(features.flatten(1)).relu())
 
 
@@ -144,7 +148,8 @@ def choose(kept: Path) -> None:
     done = [(row["method"], row["layer"], row["weight"]) for row in _read(kept)]
     tries: list[tuple[str, str, float]] = [("rrr_full", "all", weight) for weight in RRR_WEIGHTS]
     tries += [(m, layer, w) for m, weights in WEIGHTS.items() for layer in LAYERS for w in weights]
-    tries += [(f"few {loss}", layer, 1.0) for loss in ("ce", "trust") for layer in FEW_LAYERS]
+    tries += [("few ce", layer, 1.0) for layer in (*LAYERS, *FLAT_LAYERS)]
+    tries += [("few trust", layer, 1.0) for layer in LAYERS]
     for method, layer, weight in tries:
         if (method, layer, weight) not in done:
             row = attempt(network, training, few, judge, method, layer, weight, CHOOSING_SEED)

@@ -41,7 +41,7 @@ from repair.guidance import outside_cells
 Regime = Literal["balanced", "biased"]
 REGIMES: tuple[Regime, ...] = ("balanced", "biased")
 
-TRAIN, VALIDATION, JUDGED = 600, 200, 500
+TRAIN, VALIDATION, JUDGED = 300, 100, 500
 AGREEING = 0.95
 PER_CELL = 2  # faults for each network and kind
 REGION = {"watermark": "the lower right corner", "border": "the border"}

@@ -18,6 +18,7 @@ from audit.options import CodeOption, JsonOption, TrustOption
 from repair.comparison_cli import compare_command
 from repair.config import KEEPS, OPTIMIZERS, SALIENCIES, SCHEDULES, RepairConfig
 from repair.controls import CONTROLS, DEFAULT_CONTROLS, parse_controls
+from repair.grid_cli import grid_command
 from repair.losses import LOSSES, SCALES
 from repair.transfer_cli import transfer_command
 
@@ -219,6 +220,7 @@ def layer_command(
 
 app.command("transfer")(transfer_command)
 app.command("compare")(compare_command)
+app.command("grid")(grid_command)
 
 
 @app.command("export")

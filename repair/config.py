@@ -22,7 +22,7 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 Keep = Literal["best", "last"]
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 
-Saliency = Literal["gradcam", "guided-gradcam"]
+Saliency = Literal["gradcam", "guided-gradcam", "gradients"]
 SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
 
 _RENAMED = {"balance": "lambda", "learning_rate": "lr"}  # field -> name in repair.json and options
@@ -34,7 +34,8 @@ class RepairConfig:
 
     Attributes:
         loss: A name from `LOSSES`.
-        saliency: The method whose maps the loss penalizes.
+        saliency: The method whose maps the loss penalizes. `gradients` is for `rrr` alone: by the
+            image, as in its source, where it otherwise takes those by the layer's output.
         scale: How cross entropy and saliency are kept in bounds, see `Penalty`.
         balance: The lambda of Eq. 7.
         weight: Of what the losses `energy` and `rrr` add to the cross entropy.
@@ -92,6 +93,10 @@ class RepairConfig:
         _check_choice("--saliency", self.saliency, SALIENCIES)
         _check_choice("--optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("--schedule", self.schedule, SCHEDULES)
+        if self.saliency == "gradients" and self.loss not in ("rrr", "ce"):
+            raise UsageError(f"--saliency gradients goes with --loss rrr, not with {self.loss}")
+        if self.saliency == "guided-gradcam" and self.loss == "rrr":
+            raise UsageError("--loss rrr looks at gradients; give --saliency gradients or gradcam")
         object.__setattr__(self, "controls", ordered_controls(self.controls))
         try:
             self.penalty  # noqa: B018 - made for its checks
@@ -130,7 +135,14 @@ class RepairConfig:
     @property
     def needs_images(self) -> bool:
         """Whether a step needs the images themselves, beside what crosses the cut."""
-        return self.loss_function.looks_at == "maps" and self.saliency == "guided-gradcam"
+        looks_at = self.loss_function.looks_at
+        by_image = {"maps": "guided-gradcam", "gradients": "gradients"}
+        return looks_at is not None and self.saliency == by_image[looks_at]
+
+    @property
+    def needs_maps(self) -> bool:
+        """Whether the layer must have a spatial output."""
+        return self.loss_function.looks_at is not None and self.saliency != "gradients"
 
     @property
     def has_control(self) -> bool:

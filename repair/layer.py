@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from audit import console
 from audit.environment import choose_device, device_record, peak_memory_mib, versions
 from audit.errors import RunError, UsageError
 from audit.files import replacing, sha256_file, write_bytes
-from audit.images import ImageFolder, SkippedFile, load_pixels
+from audit.images import load_pixels
 from audit.networks import Layer, Network, Split, write_card
 from audit.networks.network import sha256_state
 from audit.runs import RepairFolder, Run
@@ -41,8 +41,9 @@ from repair.config import RepairConfig
 from repair.controls import PlannedControl, plan_controls, ranked_layers
 from repair.crossing import cache_kinds, cache_line, cache_record, choose_room, cross_splits
 from repair.decision import Predictions, compare, decide
-from repair.guidance import Guidance, find_guidance
+from repair.guidance import Guidance
 from repair.maps import GALLERY_METHOD, choose_gallery, map_similarity, true_class_maps
+from repair.material import RepairImages, find_guide
 from repair.outcome import (
     Control,
     Judged,
@@ -54,11 +55,7 @@ from repair.outcome import (
     training_record,
 )
 from repair.sources import (
-    Additions,
-    open_scanned_images,
     open_scanned_network,
-    positions,
-    with_training_images,
 )
 from repair.tracking import TrainingLog, check_tensorboard
 from repair.training import DamagedCheckpointError, Row, Trained, predict, train_layer
@@ -128,9 +125,11 @@ def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> Repa
         code=request.code,
     )
     layer = network.layer(name)
-    _check_has_maps(layer, config)
-    images = _Images.open(run, network, request, config)
-    guide = _guide(run, network, images, request, config)
+    check_has_maps(layer, config)
+    images = RepairImages.open(
+        run, network, data=request.data, train=request.train, seed=config.seed
+    )
+    guide = find_guide(run, network, images, config, masks=request.masks, group=request.group)
     guidance = guide(layer)  # refused before a folder is made
     repair = resumed or run.start_repair(
         layer.name, _opening_record(network, layer, config, request, device, guidance)
@@ -146,7 +145,7 @@ def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> Repa
             network.program.layers,
             _ranked_layers(run),
             loss=config.loss,
-            needs_maps=config.loss_function.needs_maps,
+            needs_maps=config.needs_maps,
             seed=config.seed,
         )
         for sentence in left_out.values():
@@ -182,54 +181,6 @@ def flagged_layer(run: Run) -> str:
     return str(layers[0])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Images:
-    """The images of a repair and what became of those that it could not use."""
-
-    folder: ImageFolder
-    positions: dict[str, tuple[int, ...]]
-    changed: tuple[SkippedFile, ...]
-    additions: Additions | None
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def open(
-        cls, run: Run, network: Network, request: RepairRequest, config: RepairConfig
-    ) -> _Images:
-        folder, changed = open_scanned_images(run, data=request.data)
-        additions = None
-        if request.train is not None:
-            folder, additions = with_training_images(
-                folder, request.train, network.card.classes, seed=config.seed
-            )
-        found = {split: positions(folder, split) for split in _SPLITS}  # type: ignore[arg-type]
-        return cls(folder=folder, positions=found, changed=changed, additions=additions)
-
-    def class_weights(self, network: Network, config: RepairConfig) -> Tensor | None:
-        """Return the weight of each class's images, None where all images weigh alike."""
-        if not config.balance_classes:
-            return None
-        from sklearn.utils.class_weight import compute_class_weight
-
-        labels = [self.folder.records[i].label for i in self.positions["train"]]
-        present = np.unique(labels)
-        weights = torch.ones(len(network.card.classes))
-        found = compute_class_weight("balanced", classes=present, y=labels)
-        weights[present] = torch.from_numpy(found).float()
-        return weights
-
-    def skip(self, position: int, reason: str) -> None:
-        self.skipped[self.folder.records[position].path] = reason
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "root": str(self.folder.root),
-            "changed": [vars(skip) for skip in self.changed],
-            "skipped": [{"path": path, "reason": why} for path, why in self.skipped.items()],
-            "added": self.additions.as_dict() if self.additions else None,
-        }
-
-
 class _Repair:
     """One repair under way: its folder, and what the steps hand to each other."""
 
@@ -241,7 +192,7 @@ class _Repair:
         layer: Layer,
         config: RepairConfig,
         request: RepairRequest,
-        images: _Images,
+        images: RepairImages,
         controls: tuple[PlannedControl, ...],
         guidance: Callable[[Layer], Guidance | None],
         log: TrainingLog | None,
@@ -679,38 +630,13 @@ def _shown(setting: object) -> str:
     return (",".join(setting) or "none") if isinstance(setting, tuple) else str(setting)
 
 
-def _check_has_maps(layer: Layer, config: RepairConfig) -> None:
-    if config.loss_function.needs_maps and not layer.has_maps:
+def check_has_maps(layer: Layer, config: RepairConfig) -> None:
+    """Raise UsageError where the loss looks at maps and the layer has none."""
+    if config.needs_maps and not layer.has_maps:
         raise UsageError(
             f"{layer.name} has no spatial output, so there are no maps to penalize; "
             "repair it with --loss ce"
         )
-
-
-def _guide(
-    run: Run, network: Network, images: _Images, request: RepairRequest, config: RepairConfig
-) -> Callable[[Layer], Guidance | None]:
-    """Return what says where the maps at a layer may lie; nothing where the loss does not ask."""
-
-    found: dict[tuple[int, int], Guidance] = {}
-
-    def at(layer: Layer) -> Guidance | None:
-        if not config.loss_function.needs_masks:
-            return None
-        size = network.program.input_size if config.needs_images else layer.map_size
-        if size not in found:
-            found[size] = find_guidance(
-                run,
-                images.folder,
-                images.positions["train"],
-                network.card.preprocessing,
-                size,
-                masks=request.masks,
-                group=request.group,
-            )
-        return found[size]
-
-    return at
 
 
 def _opening_record(

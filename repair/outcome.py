@@ -199,7 +199,7 @@ def _paired_p(ours: np.ndarray, theirs: np.ndarray, seed: int) -> float:
 def _penalty_judgement(
     judged: Judged, plain: Control | None, config: RepairConfig
 ) -> tuple[bool | None, str]:
-    if not config.loss_function.needs_maps:
+    if config.loss_function.looks_at is None:
         return None, "No penalty was used."
     if plain is None:
         return None, "The penalty was not judged: plain cross entropy was not run beside it."

@@ -243,11 +243,13 @@ def loss_terms(
     if chosen.looks_at is None:
         logits = split.suffix(crossing, parameters)
         return chosen.terms(_exact(logits), None, labels, config.penalty)
+    by_image = config.saliency in ("guided-gradcam", "gradients")
+    if by_image and batch.images is None:
+        raise ValueError("gradients by the image need it; pass with_images to cross_tensors")
     if chosen.looks_at == "gradients":
-        maps, logits = trainable_gradients(split, crossing, parameters)
-    elif config.saliency == "guided-gradcam":
-        if batch.images is None:
-            raise ValueError("guided gradients need the images; pass with_images to cross_tensors")
+        images = batch.images if by_image else None
+        maps, logits = trainable_gradients(split, crossing, parameters, images)
+    elif by_image and batch.images is not None:
         maps, logits = trainable_guided_maps(split, batch.images, crossing, parameters, labels)
     else:
         maps, logits = trainable_maps(split, crossing, parameters, labels)

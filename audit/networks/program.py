@@ -542,12 +542,19 @@ class Split:
         activations, logits = compiled(tuple(crossing), self._program.state, parameters)
         return activations, logits
 
-    def guided_logits(
-        self, images: Tensor, parameters: Mapping[str, Tensor] | None = None
+    def whole_logits(
+        self,
+        images: Tensor,
+        parameters: Mapping[str, Tensor] | None = None,
+        *,
+        guided: bool = False,
     ) -> Tensor:
-        """Return the logits (B, K) of images (B, 3, H, W) through the whole network, whose
-        rectifiers pass only positive gradients."""
-        return self._program.watch(images, (), parameters, guided=True)[1]
+        """Return the logits (B, K) of images (B, 3, H, W) through the uncut network.
+
+        Args:
+            guided: Rectifiers pass only positive gradients (guided backpropagation).
+        """
+        return self._program.watch(images, (), parameters, guided=guided)[1]
 
 
 # -------------------------------------------------------------------- the exported program

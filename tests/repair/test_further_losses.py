@@ -233,6 +233,25 @@ def test_squared_gradients_are_those_of_a_plain_module(layer: str) -> None:
     torch.testing.assert_close(found, gradient.pow(2).sum(dim=1), rtol=1e-10, atol=1e-16)
 
 
+@pytest.mark.parametrize("layer", ["second", "head"])
+def test_squared_gradients_by_the_image_are_those_of_a_plain_module(layer: str) -> None:
+    torch.manual_seed(0)
+    module = Rectified().double().eval()
+    images, _ = pictures()
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(module(leaf).log_softmax(dim=1).sum(), leaf)
+    split = Program.capture(module, (8, 8)).split(layer)
+    found, logits = trainable_gradients(split, split.prefix(images), None, images)
+    torch.testing.assert_close(found, gradient.pow(2).sum(dim=1), rtol=1e-10, atol=1e-16)
+    torch.testing.assert_close(logits, module(images), rtol=1e-12, atol=1e-12)
+
+    def squares(parameters: dict[str, Tensor]) -> Tensor:
+        return trainable_gradients(split, (), parameters, images)[0].mean(dim=(1, 2))
+
+    function, start = of_weight(split, squares)
+    assert torch.autograd.gradcheck(function, start, eps=1e-6, atol=1e-7, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", WITH_MASKS)
 @pytest.mark.parametrize("scale", SCALES)
 def test_gradients_through_maps_and_masks_match_finite_differences(name: str, scale: Scale) -> None:

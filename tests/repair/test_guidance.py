@@ -128,6 +128,14 @@ def test_a_repair_is_guided_by_a_group_and_changes_the_layer_alone(grouped: Run,
     assert charged.between(0, 1).all() and charged.gt(0).all()
 
 
+def test_input_gradients_repair_a_layer_without_maps(grouped: Run) -> None:
+    config = replace(CONFIG, loss="rrr", saliency="gradients", controls=("ce", "next-layer"))
+    info = repair_layer(grouped, config, RepairRequest(layer="predictions")).info
+    assert info["frozen"]["identical"] == info["frozen"]["tensors"]
+    assert {name.rsplit(".", 1)[0] for name in info["frozen"]["changed"]} <= {"predictions"}
+    assert info["penalty"]["earned"] is not None
+
+
 def test_a_repair_by_guided_grad_cam_changes_the_layer_alone(grouped: Run) -> None:
     config = replace(CONFIG, saliency="guided-gradcam", epochs=1, controls=("ce", "shuffled"))
     info = repair_layer(grouped, config, RepairRequest()).info

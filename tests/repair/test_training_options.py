@@ -317,6 +317,8 @@ def test_guided_training_without_images_says_what_is_missing(program: Program) -
         ({"keep": "first"}, "--keep is 'first'"),
         ({"keep": "last", "patience": 2}, "--keep last excludes it"),
         ({"weight": -2.0}, "the weight is -2"),
+        ({"saliency": "gradients"}, "goes with --loss rrr"),
+        ({"saliency": "guided-gradcam", "loss": "rrr"}, "give --saliency gradients"),
         ({"saliency": "cam"}, "--saliency is 'cam'"),
     ],
 )
@@ -328,11 +330,11 @@ def test_wrong_settings_name_the_option(setting: dict[str, object], message: str
 def test_balanced_weights_are_scikit_learns(
     make_run: object, network: object, folder: object
 ) -> None:
-    from repair.layer import _Images
+    from repair.material import RepairImages
 
     train_rows = folder.positions("train")  # type: ignore[attr-defined]
     kept = [p for p in train_rows if folder.records[p].label or p % 4 == 0]  # type: ignore[attr-defined]
-    images = _Images(
+    images = RepairImages(
         folder=folder,
         positions={"train": tuple(kept)},
         changed=(),

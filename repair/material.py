@@ -1,0 +1,114 @@
+"""What a repair learns from: the images of its run by split, and where their maps may lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audit.images import ImageFolder, SkippedFile
+from audit.runs import Run
+from repair.config import RepairConfig
+from repair.guidance import Guidance, find_guidance
+from repair.sources import Additions, open_scanned_images, positions, with_training_images
+
+if TYPE_CHECKING:
+    from audit.networks import Layer, Network
+
+_SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairImages:
+    """The images of a repair and what became of those that it could not use."""
+
+    folder: ImageFolder
+    positions: dict[str, tuple[int, ...]]
+    changed: tuple[SkippedFile, ...]
+    additions: Additions | None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        run: Run,
+        network: Network,
+        *,
+        data: Path | None = None,
+        train: Path | None = None,
+        seed: int = 0,
+    ) -> RepairImages:
+        """Return the run's images, with those of a further training folder.
+
+        Args:
+            data: Where the run's images are, if they have moved.
+            train: Folder of further training images.
+            seed: Of that folder's splits.
+        """
+        folder, changed = open_scanned_images(run, data=data)
+        additions = None
+        if train is not None:
+            folder, additions = with_training_images(folder, train, network.card.classes, seed=seed)
+        found = {split: positions(folder, split) for split in _SPLITS}  # type: ignore[arg-type]
+        return cls(folder=folder, positions=found, changed=changed, additions=additions)
+
+    def class_weights(self, network: Network, config: RepairConfig) -> Tensor | None:
+        """Return the weight of each class's images, None where all images weigh alike."""
+        if not config.balance_classes:
+            return None
+        from sklearn.utils.class_weight import compute_class_weight
+
+        labels = [self.folder.records[i].label for i in self.positions["train"]]
+        present = np.unique(labels)
+        weights = torch.ones(len(network.card.classes))
+        found = compute_class_weight("balanced", classes=present, y=labels)
+        weights[present] = torch.from_numpy(found).float()
+        return weights
+
+    def skip(self, position: int, reason: str) -> None:
+        self.skipped[self.folder.records[position].path] = reason
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "root": str(self.folder.root),
+            "changed": [vars(skip) for skip in self.changed],
+            "skipped": [{"path": path, "reason": why} for path, why in self.skipped.items()],
+            "added": self.additions.as_dict() if self.additions else None,
+        }
+
+
+def find_guide(
+    run: Run,
+    network: Network,
+    images: RepairImages,
+    config: RepairConfig,
+    *,
+    masks: Path | None = None,
+    group: str | None = None,
+) -> Callable[[Layer], Guidance | None]:
+    """Return what says where the maps at a layer may lie; nothing where the loss does not ask."""
+
+    found: dict[tuple[int, int], Guidance] = {}
+
+    def at(layer: Layer) -> Guidance | None:
+        if not config.loss_function.needs_masks:
+            return None
+        size = network.program.input_size if config.needs_images else layer.map_size
+        if size not in found:
+            found[size] = find_guidance(
+                run,
+                images.folder,
+                images.positions["train"],
+                network.card.preprocessing,
+                size,
+                masks=masks,
+                group=group,
+            )
+        return found[size]
+
+    return at
