@@ -12,7 +12,8 @@ better one.
     rrr_full     right for the right reasons (Ross et al. 2017, Eq. 1): squared input gradients of
                  the summed log probabilities in the patch, all weights learn
     ours         layermend: one layer learns, maps or gradients are kept off the patch
-                 (`energy`, `rrr`, `trust-masks`); `ce` and `trust` are told nothing
+                 (`energy`, `rrr`, `trust-masks`); `ce` and `trust` are told nothing. `rrr image` is
+                 `--loss rrr --saliency gradients --scale classes`: RRR's own term, one layer learns
 
     few          a second question: 500 images whose patches are drawn at random, nothing said about
                  the patch's place; one layer learns by `ce` or `trust`
@@ -57,7 +58,12 @@ SIDE, PATCH = 28, 4
 LAYERS = ("conv1", "conv2")
 FLAT_LAYERS = ("hidden", "output")
 RRR_WEIGHTS = (0.1, 1.0, 10.0, 100.0)
-WEIGHTS = {"energy": (1.0, 10.0, 100.0), "rrr": (1.0, 10.0, 100.0), "trust-masks": (1.0,)}
+WEIGHTS = {
+    "energy": (1.0, 10.0, 100.0),
+    "rrr": (1.0, 10.0, 100.0),
+    "rrr image": (0.1, 1.0, 10.0),
+    "trust-masks": (1.0,),
+}
 REPAIR = RepairConfig(
     optimizer="adamw", learning_rate=RATE, epochs=EPOCHS, batch_size=BATCH, keep="last", controls=()
 )
@@ -120,7 +126,9 @@ class Decoys:
 
     def batch(self, rows: Tensor) -> CrossingBatch:
         crossing = tuple(tensor[rows] for tensor in self._crossing)
-        return CrossingBatch(crossing=crossing, labels=self.labels[rows], positions=rows)
+        return CrossingBatch(
+            crossing=crossing, labels=self.labels[rows], positions=rows, images=self.images[rows]
+        )
 
 
 def main() -> None:
@@ -147,7 +155,7 @@ def choose(kept: Path) -> None:
     judge = held_out
     done = [(row["method"], row["layer"], row["weight"]) for row in _read(kept)]
     tries: list[tuple[str, str, float]] = [("rrr_full", "all", weight) for weight in RRR_WEIGHTS]
-    tries += [(m, layer, w) for m, weights in WEIGHTS.items() for layer in LAYERS for w in weights]
+    tries += [(m, at, w) for m, weights in WEIGHTS.items() for at in places(m) for w in weights]
     tries += [("few ce", layer, 1.0) for layer in (*LAYERS, *FLAT_LAYERS)]
     tries += [("few trust", layer, 1.0) for layer in LAYERS]
     for method, layer, weight in tries:
@@ -171,6 +179,11 @@ def measure(seed: int, work: Path) -> None:
     for method, layer, weight in wanted:
         if (seed, method, layer) not in done:
             _add(kept, attempt(network, training, few, test, method, layer, weight, seed))
+
+
+def places(method: str) -> tuple[str, ...]:
+    """Return the layers that a method can learn at: without maps, only by the image."""
+    return (*LAYERS, *FLAT_LAYERS) if method == "rrr image" else LAYERS
 
 
 def chosen(tries: Sequence[dict[str, Any]]) -> list[tuple[str, str, float]]:
@@ -201,7 +214,8 @@ def attempt(
         found = {"accuracy": accuracy(corrected, judge)}
     else:
         images = few if method.startswith("few ") else training
-        found = correct_layer(network, images, judge, method.split()[-1], layer, weight, seed)
+        loss = method.removeprefix("few ")
+        found = correct_layer(network, images, judge, loss, layer, weight, seed)
     return {**row, **found, "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -218,9 +232,13 @@ def correct_layer(
     program = Program.capture(network, (SIDE, SIDE))
     split = program.split(layer)
     epochs = EPOCHS if len(images) > FEW else 20
-    config = replace(REPAIR, loss=loss, weight=weight, seed=seed, epochs=epochs)
+    config = replace(REPAIR, weight=weight, seed=seed, epochs=epochs)
+    if loss == "rrr image":
+        config = replace(config, loss="rrr", saliency="gradients", scale="classes")
+    else:
+        config = replace(config, loss=loss)
     material = images.at(split)
-    trained = train_layer(split, material, material, config, loss=loss, masks=images.allowed)
+    trained = train_layer(split, material, material, config, loss=config.loss, masks=images.allowed)
     repaired = program.with_state(trained.parameters)
     with torch.no_grad():
         logits = [repaired.logits(part) for part in judge.images.split(500)]
