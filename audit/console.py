@@ -16,7 +16,7 @@ from rich.console import Console
 
 from audit.errors import LayermendError
 
-__all__ = ["Progress", "print_json", "progress", "run_app", "say", "stdout"]
+__all__ = ["Progress", "be_quiet", "print_json", "progress", "run_app", "say", "stdout"]
 
 _PIPE_WIDTH = 120
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -44,6 +44,11 @@ def run_app(app: typer.Typer) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def be_quiet() -> None:
+    """Say nothing from here on: one process of several talks, and it is not this one."""
+    stdout.quiet = _stderr.quiet = True
+
+
 def say(text: str) -> None:
     """Write one line to stderr, never wrapped, so that it can be searched for."""
     _stderr.print(text, markup=False, soft_wrap=True)
@@ -53,7 +58,8 @@ def print_json(document: Mapping[str, Any]) -> None:
     """Write one JSON document to stdout, as `--json` promises."""
     from audit.files import json_text
 
-    sys.stdout.write(json_text(document) + "\n")
+    if not stdout.quiet:
+        sys.stdout.write(json_text(document) + "\n")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,12 @@ DEFAULTS = RepairConfig()
 
 RunOption = Annotated[
     Path | None,
-    typer.Option("--run", help="Run folder; the newest under ./runs by default.", metavar="RUN"),
+    typer.Option(
+        "--run",
+        "--run-folder",  # torchrun takes --run for an option of its own, wherever it stands
+        help="Run folder; the newest under ./runs by default.",
+        metavar="RUN",
+    ),
 ]
 DataOption = Annotated[
     Path | None, typer.Option(help="Where the run's images are now, if they have moved.")
@@ -127,6 +132,9 @@ def layer_command(
         int, typer.Option(help="Train by so many seeds and judge the penalty over all of them.")
     ] = DEFAULTS.seeds,
     device: Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")] = "auto",
+    devices: Annotated[
+        int, typer.Option(help="Processes on this machine that share the images.", metavar="N")
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the newest unfinished repair.")
     ] = False,
@@ -190,6 +198,7 @@ def layer_command(
     }
     config = RepairConfig(**settings)
 
+    from audit.parallel import join_team
     from audit.runs import open_run_or_newest
     from repair.layer import RepairRequest, repair_layer
     from repair.summary import repair_summary
@@ -211,7 +220,10 @@ def layer_command(
         trust_pickle=trust_pickle,
         code=code,
     )
-    repair = repair_layer(open_run_or_newest(run), config, request)
+    team = join_team(devices, device)
+    repair = repair_layer(open_run_or_newest(run), config, request, team=team)
+    if not team.leads:
+        return
     if json:
         console.print_json(repair.info)
     else:

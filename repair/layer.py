@@ -33,7 +33,8 @@ from audit.files import replacing, sha256_file, write_bytes
 from audit.images import load_pixels
 from audit.networks import Layer, Network, Split, write_card
 from audit.networks.network import sha256_state
-from audit.runs import RepairFolder, Run
+from audit.parallel import ALONE, Team
+from audit.runs import RepairFolder, Run, open_repair
 from audit.statistics import bootstrap_mean
 from repair.after import SCORED_IMAGES, MapComparison, calibration_record, compare_maps
 from repair.cache import CrossingTensors
@@ -103,8 +104,16 @@ class RepairRequest:
     code: Path | None = None
 
 
-def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> RepairFolder:
+def repair_layer(
+    run: Run, config: RepairConfig, request: RepairRequest, *, team: Team = ALONE
+) -> RepairFolder:
     """Return the finished repair of one layer of the run's network.
+
+    Args:
+        run: The scan.
+        config: The settings that decide the numbers.
+        request: What to repair, and with what at hand.
+        team: Processes that share the work; the first one alone judges and writes.
 
     Raises:
         LayermendError: The layer, the run, its model or its images cannot be used; what was begun
@@ -120,7 +129,7 @@ def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> Repa
     network = open_scanned_network(
         run,
         model=request.model,
-        device=device,
+        device=team.device or device,
         trust_pickle=request.trust_pickle,
         code=request.code,
     )
@@ -131,12 +140,14 @@ def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> Repa
     )
     guide = find_guide(run, network, images, config, masks=request.masks, group=request.group)
     guidance = guide(layer)  # refused before a folder is made
-    repair = resumed or run.start_repair(
-        layer.name, _opening_record(network, layer, config, request, device, guidance)
-    )
+    record = _opening_record(network, layer, config, request, device, guidance)
+    repair = resumed
+    if repair is None:
+        name = run.start_repair(layer.name, record).name if team.leads else ""
+        repair = open_repair(run.path / "repairs" / team.leaders(name))
     if guidance is not None:
         console.say(guidance.sentence)
-    if resumed is not None:
+    if resumed is not None and team.leads:
         resumed.write_info(status="running", failure=None)
     try:
         controls, left_out = plan_controls(
@@ -150,17 +161,19 @@ def repair_layer(run: Run, config: RepairConfig, request: RepairRequest) -> Repa
         )
         for sentence in left_out.values():
             console.say(sentence)
-        repair.write_info(controls_left_out=left_out)
-        with TrainingLog.open(repair.path if request.tensorboard else None) as log:
+        if team.leads:
+            repair.write_info(controls_left_out=left_out)
+        with TrainingLog.open(repair.path if request.tensorboard and team.leads else None) as log:
             job = _Repair(
-                run, repair, network, layer, config, request, images, controls, guide, log
+                run, repair, network, layer, config, request, images, controls, guide, log, team
             )
             job.finish()
     except KeyboardInterrupt:
         console.say("stopped; go on with `repair layer --resume`")
         raise
     except Exception as error:
-        repair.fail(f"{type(error).__name__}: {error}")
+        if team.leads:
+            repair.fail(f"{type(error).__name__}: {error}")
         raise
     return repair
 
@@ -181,6 +194,14 @@ def flagged_layer(run: Run) -> str:
     return str(layers[0])
 
 
+_NOTHING = Predictions(
+    labels=np.empty(0, np.int64),
+    predicted=np.empty(0, np.int64),
+    p_true=np.empty(0),
+    cross_entropies=np.empty(0),
+)
+
+
 class _Repair:
     """One repair under way: its folder, and what the steps hand to each other."""
 
@@ -196,6 +217,7 @@ class _Repair:
         controls: tuple[PlannedControl, ...],
         guidance: Callable[[Layer], Guidance | None],
         log: TrainingLog | None,
+        team: Team,
     ) -> None:
         self.run = run
         self.folder = repair
@@ -207,6 +229,8 @@ class _Repair:
         self.controls = controls
         self.guidance = guidance
         self.log = log
+        self.team = team
+        self.positions = _dealt(images.positions, team)
         self.split: Split = network.program.split(layer.name)
         self.timings_s: dict[str, float] = {}
 
@@ -214,10 +238,17 @@ class _Repair:
         """Run every step and leave a complete repair behind."""
         hashes = _hashes(self.network.program.state)
         crossing = self._cross()
+        sizes = self._sizes(crossing)
         repaired = self._train(crossing)
         here = [one for one in self.controls if one.layer == self.layer.name]
         controls = [self._train_control(one, self.split, crossing) for one in here]
         repeats = self._repeat(here, crossing)
+        if not self.team.leads:  # the rest, but for the other layers' training, is not shared
+            crossing.clear()
+            for one in self.controls:
+                if one not in here:
+                    self._train_elsewhere(one)
+            return
         with self._timed("judging"):
             judged = self._judge(crossing["test"], repaired)
         with self._timed("maps"):
@@ -225,7 +256,6 @@ class _Repair:
         with self._timed("cases"):
             maps = self._compare_maps(judged, repaired)
         cache = cache_record(crossing)
-        sizes = {name: len(tensors) for name, tensors in crossing.items()}
         crossing.clear()  # its memory goes to the layers that follow
         controls += [self._train_elsewhere(one) for one in self.controls if one not in here]
         controls.sort(key=lambda ran: self.controls.index(ran.plan))
@@ -236,7 +266,14 @@ class _Repair:
         )
         for state in self.folder.path.glob("state-*.pt"):
             state.unlink()
-        shutil.rmtree(self._cache_path, ignore_errors=True)
+        for left in self.folder.path.glob("cache*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _sizes(self, crossing: Mapping[str, CrossingTensors]) -> dict[str, int]:
+        """Return how many images each split has, in all processes together."""
+        own = torch.tensor([len(crossing[name]) for name in _SPLITS])
+        (sizes,) = self.team.sums([own.to(self.network.program.device)])
+        return dict(zip(_SPLITS, map(int, sizes.tolist()), strict=True))
 
     def _cross(self) -> dict[str, CrossingTensors]:
         """Return what crosses the cut, by split, and record where it is kept."""
@@ -246,7 +283,8 @@ class _Repair:
             record = cache_record(crossing)
             # Split by split: a kill between two of them must not change what was chosen.
             record["splits"] = {**earlier, **record["splits"]}
-            self.folder.write_info(cache=record)
+            if self.team.leads:
+                self.folder.write_info(cache=record)
 
         room = choose_room(self.request.cache_gib, self.request.cache_disk_gib, self._cache_path)
         with self._timed("cache"):
@@ -254,7 +292,7 @@ class _Repair:
                 self.network,
                 self.split,
                 self.images.folder,
-                self.images.positions,
+                self.positions,
                 room,
                 earlier=earlier,
                 batch_size=self.config.batch_size,
@@ -271,7 +309,10 @@ class _Repair:
 
     @property
     def _cache_path(self) -> Path:
-        return self.folder.path / "cache"
+        return self._cache_folder("cache")
+
+    def _cache_folder(self, name: str) -> Path:
+        return self.folder.path / (name if self.team.leads else f"{name}-{self.team.rank}")
 
     def _train(self, crossing: Mapping[str, CrossingTensors]) -> Trained:
         trained = self._epochs("the repair", self.split, crossing)
@@ -314,6 +355,7 @@ class _Repair:
                 masks=guidance.masks if guidance else None,
                 class_weights=self.images.class_weights(self.network, self.config),
                 surgical=control is not None and control.surgical,
+                team=self.team,
                 state_path=self._state_path((control.name if control else loss) + again),
                 on_epoch=finished,
             )
@@ -338,8 +380,12 @@ class _Repair:
             self._state_path(plan.name).unlink()
             trained = self._epochs(what, split, crossing, control=plan)
         self.timings_s[plan.name] = trained.seconds
-        said, _ = predict(split, crossing["test"], trained.parameters)
+        said = self._predict(split, crossing["test"], trained)
         return Control(plan=plan, trained=trained, predictions=said)
+
+    def _predict(self, split: Split, test: CrossingTensors, trained: Trained) -> Predictions:
+        """Return what a trained network says of the test images, which the first process has."""
+        return predict(split, test, trained.parameters)[0] if self.team.leads else _NOTHING
 
     def _repeat(
         self, plans: Sequence[PlannedControl], crossing: Mapping[str, CrossingTensors]
@@ -353,7 +399,7 @@ class _Repair:
                     trained = self._epochs(
                         f"{what}, seed {seed}", self.split, crossing, control=plan, seed=seed
                     )
-                    said, _ = predict(self.split, crossing["test"], trained.parameters)
+                    said = self._predict(self.split, crossing["test"], trained)
                     name = plan.name if plan else "repair"
                     repeats.append(Repeat(seed=seed, name=name, predictions=said))
         return repeats
@@ -365,26 +411,28 @@ class _Repair:
         crossing = self._cross_elsewhere(plan, split)
         control = self._train_control(plan, split, crossing)
         crossing.clear()
-        shutil.rmtree(self.folder.path / f"cache-{plan.name}", ignore_errors=True)
+        shutil.rmtree(self._cache_folder(f"cache-{plan.name}"), ignore_errors=True)
         return control
 
     def _cross_elsewhere(self, plan: PlannedControl, split: Split) -> dict[str, CrossingTensors]:
         """Return what crosses the cut of a control's layer, by split."""
         recorded: Mapping[str, Any] = self.folder.info.get("control_caches", {})
-        folder = self.folder.path / f"cache-{plan.name}"
+        folder = self._cache_folder(f"cache-{plan.name}")
         with self._timed(f"cache of {plan.name}"):
             crossing = cross_splits(
                 self.network,
                 split,
                 self.images.folder,
-                self.images.positions,
+                self.positions,
                 choose_room(self.request.cache_gib, self.request.cache_disk_gib, folder),
                 earlier=recorded.get(plan.name),
                 batch_size=self.config.batch_size,
                 with_images=self._with_images if plan.loss != "ce" else (),
                 on_skip=self.images.skip,
             )
-        self.folder.write_info(control_caches={**recorded, plan.name: cache_kinds(crossing)})
+        if self.team.leads:
+            kinds = {**recorded, plan.name: cache_kinds(crossing)}
+            self.folder.write_info(control_caches=kinds)
         return crossing
 
     def _judge(self, test: CrossingTensors, repaired: Trained) -> Judged:
@@ -583,6 +631,14 @@ class _Repair:
         started_s = time.perf_counter()
         yield
         self.timings_s[step] = time.perf_counter() - started_s
+
+
+def _dealt(positions: Mapping[str, tuple[int, ...]], team: Team) -> dict[str, tuple[int, ...]]:
+    """Return this process's part of the images; the test images are the first one's."""
+    return {
+        split: team.part(found) if split != "test" else found if team.leads else ()
+        for split, found in positions.items()
+    }
 
 
 def _ranked_layers(run: Run) -> list[str]:

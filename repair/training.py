@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from torch.optim import lr_scheduler
 
 from audit.errors import RunError
 from audit.files import replacing
+from audit.parallel import ALONE, Team
 from audit.saliency import trainable_gradients, trainable_guided_maps, trainable_maps
 from repair.cache import CrossingBatch, CrossingTensors
 from repair.config import Optimizer, RepairConfig, Schedule
@@ -124,6 +127,7 @@ def train_layer(
     masks: Tensor | None = None,
     class_weights: Tensor | None = None,
     surgical: bool = False,
+    team: Team = ALONE,
     state_path: Path | None = None,
     on_epoch: Callable[[Row], None] | None = None,
 ) -> Trained:
@@ -144,6 +148,9 @@ def train_layer(
         class_weights: Weight of each class's images in the loss, (K,).
         surgical: Scale each entry's steps by its relative gradient norm, found anew in every epoch
             (Auto-RGN; Lee et al. 2022, "Surgical fine-tuning", section 4).
+        team: Processes that share the images: `train` and `validation` hold this one's part. Steps
+            are those of one process that holds them all, up to the order of summation; only the
+            maps of `shuffled` are exchanged within a process's own part of a batch.
         state_path: Checkpoint, written after each epoch; where one lies already, training goes on
             from it.
         on_epoch: Called with the history row of each finished epoch.
@@ -161,8 +168,9 @@ def train_layer(
         masks=masks,
         class_weights=class_weights,
         surgical=surgical,
+        team=team,
     )
-    state = _start(first_values, split, validation, config, loss)
+    state = _start(first_values, lesson, validation)
     if state_path is not None and state_path.is_file():
         _restore(state, state_path)
     with _deterministic_kernels():
@@ -172,7 +180,7 @@ def train_layer(
             row["seconds"] = time.perf_counter() - started_s
             state.seconds += row["seconds"]
             state.history.append(row)
-            if state_path is not None:
+            if state_path is not None and team.leads:
                 _save(state, state_path)
             if on_epoch is not None:
                 on_epoch(row)
@@ -279,6 +287,53 @@ class _Lesson:
     masks: Tensor | None
     class_weights: Tensor | None
     surgical: bool
+    team: Team
+
+    @cached_property
+    def total(self) -> int:
+        """Images of all processes together."""
+        (counts,) = self.team.sums([torch.tensor([len(self.images)], device=self.device)])
+        return int(counts)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.split.parameters.values())).device
+
+    def batches(self, epoch: int) -> Iterator[CrossingBatch]:
+        """Yield this process's part of each batch, empty where it has none."""
+        for rows in _batches(self.total, self.config, epoch):
+            yield self.images.batch(self.team.own(rows))
+
+    def gradients(
+        self, batch: CrossingBatch, leaves: Mapping[str, Tensor], step: int
+    ) -> tuple[list[Tensor], dict[str, float], int]:
+        """Return the gradients of the mean loss of a whole batch, sums of its terms, its size.
+
+        Raises:
+            _DivergedError: Loss or gradients are not finite.
+        """
+        names = ("loss", "ce", "saliency_mean", "r1", "r2")
+        found = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves.values()]
+        sums = torch.zeros(len(names) + 2, dtype=found[0].dtype, device=found[0].device)
+        if len(batch.positions):
+            terms = self.terms(batch, leaves, step)
+            loss = self.weighed(terms, batch.labels).sum()
+            found = list(
+                torch.autograd.grad(
+                    loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+                )
+            )
+            own = _sums(terms)
+            values = [own.get(name, math.nan) for name in names]
+            sums = sums.new_tensor([*values, float(loss.detach()), len(batch.positions)])
+        *found, sums = self.team.sums([*found, sums])
+        *values, loss_sum, size = sums.tolist()
+        if not size:
+            return found, {}, 0
+        mean = [gradient / size for gradient in found]
+        _check_finite(loss_sum, mean, step)
+        told = {n: v for n, v in zip(names, values, strict=True) if not math.isnan(v)}
+        return mean, told, round(size)
 
     def terms(self, batch: CrossingBatch, leaves: Mapping[str, Tensor], step: int) -> LossTerms:
         """Return the loss terms of a batch in the given optimizer step, in mixed precision where
@@ -297,11 +352,11 @@ class _Lesson:
                 masks=self.masks,
             )
 
-    def mean(self, terms: LossTerms, labels: Tensor) -> Tensor:
-        """Return the mean loss of a batch, images weighed by their classes."""
+    def weighed(self, terms: LossTerms, labels: Tensor) -> Tensor:
+        """Return the loss of each image, weighed by its class."""
         if self.class_weights is None:
-            return terms.loss.mean()
-        return (terms.loss * self.class_weights.to(terms.loss)[labels]).mean()
+            return terms.loss
+        return terms.loss * self.class_weights.to(terms.loss)[labels]
 
 
 def _channels_last(batch: CrossingBatch) -> CrossingBatch:
@@ -313,12 +368,9 @@ def _channels_last(batch: CrossingBatch) -> CrossingBatch:
 
 
 def _start(
-    first_values: Mapping[str, Tensor],
-    split: Split,
-    validation: CrossingTensors,
-    config: RepairConfig,
-    loss: str,
+    first_values: Mapping[str, Tensor], lesson: _Lesson, validation: CrossingTensors
 ) -> _State:
+    config = lesson.config
     leaves = {name: value.clone().requires_grad_() for name, value in first_values.items()}
     optimizer = _OPTIMIZERS[config.optimizer](list(leaves.values()), config.learning_rate)
     state = _State(
@@ -327,7 +379,8 @@ def _start(
         optimizer=optimizer,
         scheduler=_SCHEDULES[config.schedule](optimizer, config.epochs),
     )
-    row = {"role": _role(config, loss), "epoch": 0, **_validate(state, split, validation)}
+    role = _role(config, lesson.loss)
+    row = {"role": role, "epoch": 0, **_validate(state, lesson, validation)}
     state.history.append(row)
     state.best_entropy = row["val_ce"]
     return state
@@ -341,7 +394,7 @@ def _one_epoch(state: _State, lesson: _Lesson, validation: CrossingTensors) -> R
     row["learning_rate"] = float(state.optimizer.param_groups[0]["lr"])
     try:
         row |= _learn(state, lesson)
-        row |= _validate(state, lesson.split, validation)
+        row |= _validate(state, lesson, validation)
         _check_validation(row["val_ce"], state.history[0]["val_ce"])
     except _DivergedError as diverged:
         state.stopped = (
@@ -367,14 +420,10 @@ def _learn(state: _State, lesson: _Lesson) -> Row:
     shares = _relative_gradient_norms(state, lesson) if lesson.surgical else None
     totals: dict[str, float] = {}
     seen = 0
-    for rows in _batches(len(lesson.images), lesson.config, state.epoch):
-        batch = lesson.images.batch(rows)
-        if not len(batch.positions):
+    for batch in lesson.batches(state.epoch):
+        gradients, sums, size = lesson.gradients(batch, state.leaves, state.steps + 1)
+        if not size:
             continue
-        terms = lesson.terms(batch, state.leaves, state.steps + 1)
-        mean = lesson.mean(terms, batch.labels)
-        gradients = torch.autograd.grad(mean, leaves, allow_unused=True, materialize_grads=True)
-        _check_finite(mean, gradients, state.steps + 1)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient
         if shares is None:
@@ -382,8 +431,8 @@ def _learn(state: _State, lesson: _Lesson) -> Row:
         else:
             _step_by_shares(state.optimizer, leaves, shares)
         state.steps += 1
-        seen += len(batch.positions)
-        for name, value in _sums(terms).items():
+        seen += size
+        for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + value
     if not seen:
         raise RunError("there is no image to learn from; scan more images, or add some by --train")
@@ -398,12 +447,8 @@ def _relative_gradient_norms(state: _State, lesson: _Lesson) -> list[float]:
     """
     leaves = list(state.leaves.values())
     sums = [0.0] * len(leaves)
-    for rows in _batches(len(lesson.images), lesson.config, state.epoch)[:RGN_BATCHES]:
-        batch = lesson.images.batch(rows)
-        if not len(batch.positions):
-            continue
-        mean = lesson.mean(lesson.terms(batch, state.leaves, state.steps + 1), batch.labels)
-        gradients = torch.autograd.grad(mean, leaves, allow_unused=True, materialize_grads=True)
+    for batch in islice(lesson.batches(state.epoch), RGN_BATCHES):
+        gradients, _, _ = lesson.gradients(batch, state.leaves, state.steps + 1)
         for number, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
             size = float(torch.linalg.vector_norm(leaf.detach()))
             sums[number] += float(torch.linalg.vector_norm(gradient)) / size if size > 0 else 0.0
@@ -432,12 +477,16 @@ def _chunks(rows: Tensor, size: int) -> list[Tensor]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _validate(state: _State, split: Split, validation: CrossingTensors) -> Row:
-    predictions, _ = predict(split, validation, state.leaves)
-    return {
-        "val_ce": float(predictions.cross_entropies.mean()),
-        "val_accuracy": float(predictions.right.mean()),
-    }
+def _validate(state: _State, lesson: _Lesson, validation: CrossingTensors) -> Row:
+    said = None
+    if len(validation) or lesson.team.alone:
+        said, _ = predict(lesson.split, validation, state.leaves)
+    own = [0.0, 0.0, 0.0]
+    if said is not None:
+        own = [float(said.cross_entropies.sum()), float(said.right.sum()), float(len(said.labels))]
+    sums = torch.tensor(own, dtype=torch.float64, device=lesson.device)
+    entropy, right, images = lesson.team.sums([sums])[0].tolist()
+    return {"val_ce": entropy / images, "val_accuracy": right / images}
 
 
 def _sums(terms: LossTerms) -> dict[str, float]:
@@ -453,11 +502,11 @@ def _sums(terms: LossTerms) -> dict[str, float]:
     }
 
 
-def _check_finite(loss: Tensor, gradients: tuple[Tensor, ...], step: int) -> None:
+def _check_finite(loss: float, gradients: Sequence[Tensor], step: int) -> None:
     # One number for all of them, so that an accelerator is waited for once.
-    size = sum(gradient.detach().abs().sum() for gradient in gradients)
-    if not math.isfinite(float(loss.detach() + size)):
-        what = "gradient" if math.isfinite(float(loss.detach())) else "loss"
+    size = sum(gradient.abs().sum() for gradient in gradients)
+    if not math.isfinite(float(size)) or not math.isfinite(loss):
+        what = "gradient" if math.isfinite(loss) else "loss"
         raise _DivergedError(f"the {what} of step {step} is not finite")
 
 
