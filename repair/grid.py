@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from audit import console
-from audit.environment import choose_device, versions
 from audit.errors import UsageError
 from audit.files import write_json, write_table
 from audit.runs import Run, open_run
@@ -190,6 +189,7 @@ class _Bench:
 
     @classmethod
     def open(cls, run: Run, config: RepairConfig, request: GridRequest) -> _Bench:
+        from audit.environment import choose_device
         from repair.crossing import choose_room, cross_splits
         from repair.layer import check_has_maps, flagged_layer
         from repair.material import RepairImages, find_guide
@@ -329,6 +329,7 @@ class _Bench:
 
     def record(self, study: optuna.Study) -> dict[str, Any]:
         """Return the table, the best point, and its one look at the test split."""
+        from audit.environment import versions
         from repair.decision import compare
 
         rows = _rows(study)

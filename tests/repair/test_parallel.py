@@ -68,9 +68,9 @@ def test_two_processes_give_the_weights_of_one(make_run: MakeRun) -> None:
 
 def test_torchrun_starts_them_too(make_run: MakeRun) -> None:
     run = make_run()
-    one = outcome(repair(run, "--no-controls", "--json"))
+    outcome(repair(run, "--no-controls", "--json"))
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    two = outcome(repair(run, "--no-controls", "--json", launcher=launcher))
+    outcome(repair(run, "--no-controls", "--json", launcher=launcher))
     first, second = (open_repair(path) for path in sorted((run.path / "repairs").iterdir()))
     weights = load_file(first.weights)
     for name, value in load_file(second.weights).items():
