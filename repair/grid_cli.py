@@ -12,7 +12,7 @@ from audit import console
 from audit.errors import UsageError
 from audit.options import CodeOption, JsonOption, TrustOption
 from repair.config import OPTIMIZERS, SALIENCIES, SCHEDULES, RepairConfig
-from repair.grid import BALANCES, OBJECTIVES, RATES, SAMPLERS, GridRequest
+from repair.grid_request import BALANCES, OBJECTIVES, RATES, SAMPLERS, GridRequest
 from repair.losses import LOSSES, SCALES
 
 DEFAULTS = RepairConfig(controls=())

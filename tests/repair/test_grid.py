@@ -19,8 +19,9 @@ from audit.networks import Network
 from audit.runs import Run
 from repair.cache import cross_tensors
 from repair.config import RepairConfig
-from repair.grid import GridRequest, _Bench, search
+from repair.grid import _Bench, search
 from repair.grid_report import grid_summary, write_plots
+from repair.grid_request import GridRequest
 from repair.training import predict, train_layer
 
 from .conftest import DAMAGED
