@@ -20,6 +20,8 @@ _ROLES = {  # of a training's history: what the legend calls it, and its color
     "next-layer": ("control: next best layer", "#3f9b6d"),
     "random-layer": ("control: random layer", "#b8992e"),
     "last-layer": ("control: last linear layer", "#6d7680"),
+    "full": ("control: all layers", "#a3567a"),
+    "auto-rgn": ("control: all layers, by gradient norm", "#5a5a2e"),
 }
 _UNKNOWN_COLOR = "#a9b0b7"
 

@@ -16,10 +16,31 @@ from audit import console
 from audit.errors import ExportError, UsageError
 from audit.options import CodeOption, JsonOption, TrustOption
 from repair.comparison_cli import compare_command
-from repair.config import KEEPS, OPTIMIZERS, SALIENCIES, SCHEDULES, RepairConfig
+from repair.config import KEEPS, RepairConfig
 from repair.controls import CONTROLS, DEFAULT_CONTROLS, parse_controls
 from repair.grid_cli import grid_command
-from repair.losses import LOSSES, SCALES
+from repair.options import (
+    BalanceOption,
+    BatchSizeOption,
+    DataOption,
+    DeviceOption,
+    EpochsOption,
+    GroupOption,
+    LayerOption,
+    LossOption,
+    MasksOption,
+    ModelOption,
+    NoR1Option,
+    NoR2Option,
+    OptimizerOption,
+    RateOption,
+    RunOption,
+    SaliencyOption,
+    ScaleOption,
+    ScheduleOption,
+    TrainOption,
+    WeightOption,
+)
 from repair.transfer_cli import transfer_command
 
 app = typer.Typer(
@@ -30,23 +51,6 @@ app = typer.Typer(
 
 DEFAULTS = RepairConfig()
 
-RunOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--run",
-        "--run-folder",  # torchrun takes --run for an option of its own, wherever it stands
-        help="Run folder; the newest under ./runs by default.",
-        metavar="RUN",
-    ),
-]
-DataOption = Annotated[
-    Path | None, typer.Option(help="Where the run's images are now, if they have moved.")
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(help="Where the run's model is now, if it has moved.", metavar="MODEL"),
-]
-
 
 def main() -> None:
     console.run_app(app)
@@ -55,54 +59,23 @@ def main() -> None:
 @app.command("layer")
 def layer_command(
     context: typer.Context,
-    name: Annotated[
-        str | None,
-        typer.Option(help="Module path or alias; the flagged layer by default.", metavar="LAYER"),
-    ] = None,
+    name: LayerOption = None,
     run: RunOption = None,
-    train: Annotated[
-        Path | None,
-        typer.Option(help="Image folder that adds to the training images.", metavar="DIR"),
-    ] = None,
-    loss: Annotated[
-        str, typer.Option(help="What to minimize.", metavar="|".join(LOSSES))
-    ] = DEFAULTS.loss,
-    saliency: Annotated[
-        str, typer.Option(help="Whose maps to penalize.", metavar="|".join(SALIENCIES))
-    ] = DEFAULTS.saliency,
-    scale: Annotated[
-        str, typer.Option(help="How the penalty is kept in bounds.", metavar="|".join(SCALES))
-    ] = DEFAULTS.scale,
-    no_r1: Annotated[bool, typer.Option("--no-r1", help="Leave out R1 = CE (1 - S).")] = False,
-    no_r2: Annotated[bool, typer.Option("--no-r2", help="Leave out R2 = S (1 - CE).")] = False,
-    balance: Annotated[
-        float, typer.Option("--lambda", help="The lambda of Eq. 7, 0 to 1.")
-    ] = DEFAULTS.balance,
-    weight: Annotated[
-        float, typer.Option("--weight", help="Of what energy and rrr add to the cross entropy.")
-    ] = DEFAULTS.weight,
-    masks: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where the objects are, a folder of masks or COCO JSON; the scan's by default.",
-            metavar="PATH",
-        ),
-    ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(help="Error group of the scan whose region maps must leave.", metavar="ID"),
-    ] = None,
-    learning_rate: Annotated[
-        float, typer.Option("--lr", help="Learning rate.")
-    ] = DEFAULTS.learning_rate,
-    schedule: Annotated[
-        str, typer.Option(help="How the learning rate goes on.", metavar="|".join(SCHEDULES))
-    ] = DEFAULTS.schedule,
-    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = DEFAULTS.epochs,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = DEFAULTS.batch_size,
-    optimizer: Annotated[
-        str, typer.Option(help="SGD with momentum 0.9, or AdamW.", metavar="|".join(OPTIMIZERS))
-    ] = DEFAULTS.optimizer,
+    train: TrainOption = None,
+    loss: LossOption = DEFAULTS.loss,
+    saliency: SaliencyOption = DEFAULTS.saliency,
+    scale: ScaleOption = DEFAULTS.scale,
+    no_r1: NoR1Option = False,
+    no_r2: NoR2Option = False,
+    balance: BalanceOption = DEFAULTS.balance,
+    weight: WeightOption = DEFAULTS.weight,
+    masks: MasksOption = None,
+    group: GroupOption = None,
+    learning_rate: RateOption = DEFAULTS.learning_rate,
+    schedule: ScheduleOption = DEFAULTS.schedule,
+    epochs: EpochsOption = DEFAULTS.epochs,
+    batch_size: BatchSizeOption = DEFAULTS.batch_size,
+    optimizer: OptimizerOption = DEFAULTS.optimizer,
     keep: Annotated[
         str,
         typer.Option(
@@ -131,7 +104,7 @@ def layer_command(
     seeds: Annotated[
         int, typer.Option(help="Train by so many seeds and judge the penalty over all of them.")
     ] = DEFAULTS.seeds,
-    device: Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")] = "auto",
+    device: DeviceOption = "auto",
     devices: Annotated[
         int, typer.Option(help="Processes on this machine that share the images.", metavar="N")
     ] = 1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,48 +10,47 @@ import typer
 from audit import console
 from audit.errors import UsageError
 from audit.options import CodeOption, JsonOption, TrustOption
-from repair.config import OPTIMIZERS, SALIENCIES, SCHEDULES, RepairConfig
+from repair.config import RepairConfig
 from repair.grid_request import BALANCES, OBJECTIVES, RATES, SAMPLERS, GridRequest
-from repair.losses import LOSSES, SCALES
+from repair.options import (
+    BatchSizeOption,
+    DataOption,
+    DeviceOption,
+    EpochsOption,
+    GroupOption,
+    LayerOption,
+    LossOption,
+    MasksOption,
+    ModelOption,
+    OptimizerOption,
+    RunOption,
+    SaliencyOption,
+    ScaleOption,
+    ScheduleOption,
+    TrainOption,
+    WeightOption,
+)
 
 DEFAULTS = RepairConfig(controls=())
 
 
 def grid_command(
-    name: Annotated[
-        str | None,
-        typer.Option(help="Module path or alias; the flagged layer by default.", metavar="LAYER"),
-    ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(help="Run folder; the newest under ./runs by default.", metavar="RUN"),
-    ] = None,
+    name: LayerOption = None,
+    run: RunOption = None,
     rates: Annotated[
         str, typer.Option("--lr", help="Learning rates, comma separated.", metavar="LIST")
     ] = ",".join(map(str, RATES)),
     balances: Annotated[
         str, typer.Option("--lambda", help="Lambdas of Eq. 7, comma separated.", metavar="LIST")
     ] = ",".join(map(str, BALANCES)),
-    loss: Annotated[
-        str, typer.Option(help="What to minimize.", metavar="|".join(LOSSES))
-    ] = DEFAULTS.loss,
-    saliency: Annotated[
-        str, typer.Option(help="Whose maps to penalize.", metavar="|".join(SALIENCIES))
-    ] = DEFAULTS.saliency,
-    scale: Annotated[
-        str, typer.Option(help="How the penalty is kept in bounds.", metavar="|".join(SCALES))
-    ] = DEFAULTS.scale,
-    weight: Annotated[
-        float, typer.Option(help="Of what energy and rrr add to the cross entropy.")
-    ] = DEFAULTS.weight,
-    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = DEFAULTS.epochs,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = DEFAULTS.batch_size,
-    optimizer: Annotated[
-        str, typer.Option(help="SGD with momentum 0.9, or AdamW.", metavar="|".join(OPTIMIZERS))
-    ] = DEFAULTS.optimizer,
-    schedule: Annotated[
-        str, typer.Option(help="How the learning rate goes on.", metavar="|".join(SCHEDULES))
-    ] = DEFAULTS.schedule,
+    loss: LossOption = DEFAULTS.loss,
+    saliency: SaliencyOption = DEFAULTS.saliency,
+    scale: ScaleOption = DEFAULTS.scale,
+    weight: WeightOption = DEFAULTS.weight,
+    epochs: EpochsOption = DEFAULTS.epochs,
+    batch_size: BatchSizeOption = DEFAULTS.batch_size,
+    optimizer: OptimizerOption = DEFAULTS.optimizer,
+    schedule: ScheduleOption = DEFAULTS.schedule,
     seed: Annotated[int, typer.Option(help="Of the order of images.")] = DEFAULTS.seed,
     sampler: Annotated[
         str,
@@ -74,25 +72,12 @@ def grid_command(
         str | None, typer.Option(help="Name of the study; from layer and settings by default.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes on this machine.")] = 1,
-    train: Annotated[
-        Path | None,
-        typer.Option(help="Image folder that adds to the training images.", metavar="DIR"),
-    ] = None,
-    masks: Annotated[
-        Path | None, typer.Option(help="Folder of masks or COCO JSON.", metavar="PATH")
-    ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(help="Error group of the scan whose region maps must leave.", metavar="ID"),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Where the run's images are now, if they have moved.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Where the run's model is now, if it has moved.", metavar="MODEL"),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")] = "auto",
+    train: TrainOption = None,
+    masks: MasksOption = None,
+    group: GroupOption = None,
+    data: DataOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
     cache_gib: Annotated[
         float | None,
         typer.Option(help="Memory for what enters the layer.", min=0, metavar="GIB"),

@@ -10,8 +10,19 @@ import typer
 
 from audit import console
 from audit.options import CodeOption, JsonOption, TrustOption
-from repair.config import OPTIMIZERS, RepairConfig
-from repair.losses import LOSSES, SCALES
+from repair.config import RepairConfig
+from repair.options import (
+    BalanceOption,
+    BatchSizeOption,
+    DeviceOption,
+    EpochsOption,
+    LossOption,
+    NoR1Option,
+    NoR2Option,
+    OptimizerOption,
+    RateOption,
+    ScaleOption,
+)
 
 DEFAULTS = RepairConfig(epochs=50)
 
@@ -25,25 +36,15 @@ def transfer_command(
         Path, typer.Option(help="Exported program to write, with card and record.", metavar="FILE")
     ] = Path("transferred.pt2"),
     filters: Annotated[int, typer.Option(help="Of the new 1x1 convolution.")] = 256,
-    loss: Annotated[
-        str, typer.Option(help="What to minimize.", metavar="|".join(LOSSES))
-    ] = DEFAULTS.loss,
-    scale: Annotated[
-        str, typer.Option(help="How the penalty is kept in bounds.", metavar="|".join(SCALES))
-    ] = DEFAULTS.scale,
-    no_r1: Annotated[bool, typer.Option("--no-r1", help="Leave out R1 = CE (1 - S).")] = False,
-    no_r2: Annotated[bool, typer.Option("--no-r2", help="Leave out R2 = S (1 - CE).")] = False,
-    balance: Annotated[
-        float, typer.Option("--lambda", help="The lambda of Eq. 7, 0 to 1.")
-    ] = DEFAULTS.balance,
-    learning_rate: Annotated[
-        float, typer.Option("--lr", help="Learning rate.")
-    ] = DEFAULTS.learning_rate,
-    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = DEFAULTS.epochs,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = DEFAULTS.batch_size,
-    optimizer: Annotated[
-        str, typer.Option(help="SGD with momentum 0.9, or AdamW.", metavar="|".join(OPTIMIZERS))
-    ] = DEFAULTS.optimizer,
+    loss: LossOption = DEFAULTS.loss,
+    scale: ScaleOption = DEFAULTS.scale,
+    no_r1: NoR1Option = False,
+    no_r2: NoR2Option = False,
+    balance: BalanceOption = DEFAULTS.balance,
+    learning_rate: RateOption = DEFAULTS.learning_rate,
+    epochs: EpochsOption = DEFAULTS.epochs,
+    batch_size: BatchSizeOption = DEFAULTS.batch_size,
+    optimizer: OptimizerOption = DEFAULTS.optimizer,
     seed: Annotated[int, typer.Option(help="Of first weights, splits and order.")] = DEFAULTS.seed,
     no_controls: Annotated[
         bool, typer.Option("--no-controls", help="Skip the plain cross entropy control.")
@@ -51,7 +52,7 @@ def transfer_command(
     arch: Annotated[
         str | None, typer.Option(help="Architecture of a state dict.", metavar="NAME")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")] = "auto",
+    device: DeviceOption = "auto",
     cache_gib: Annotated[
         float | None,
         typer.Option(

@@ -1,0 +1,92 @@
+"""Options that several `repair` commands have. No torch here, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from repair.config import OPTIMIZERS, SALIENCIES, SCHEDULES
+from repair.losses import LOSSES, SCALES
+
+__all__ = [
+    "BalanceOption",
+    "BatchSizeOption",
+    "DataOption",
+    "DeviceOption",
+    "EpochsOption",
+    "GroupOption",
+    "LayerOption",
+    "LossOption",
+    "MasksOption",
+    "ModelOption",
+    "NoR1Option",
+    "NoR2Option",
+    "OptimizerOption",
+    "RateOption",
+    "RunOption",
+    "SaliencyOption",
+    "ScaleOption",
+    "ScheduleOption",
+    "TrainOption",
+    "WeightOption",
+]
+
+RunOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        "--run-folder",  # torchrun takes --run for an option of its own, wherever it stands
+        help="Run folder; the newest under ./runs by default.",
+        metavar="RUN",
+    ),
+]
+DataOption = Annotated[
+    Path | None, typer.Option(help="Where the run's images are now, if they have moved.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Where the run's model is now, if it has moved.", metavar="MODEL"),
+]
+LayerOption = Annotated[
+    str | None,
+    typer.Option(help="Module path or alias; the flagged layer by default.", metavar="LAYER"),
+]
+TrainOption = Annotated[
+    Path | None,
+    typer.Option(help="Image folder that adds to the training images.", metavar="DIR"),
+]
+MasksOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where the objects are, a folder of masks or COCO JSON; the scan's by default.",
+        metavar="PATH",
+    ),
+]
+GroupOption = Annotated[
+    str | None,
+    typer.Option(help="Error group of the scan whose region maps must leave.", metavar="ID"),
+]
+DeviceOption = Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")]
+
+LossOption = Annotated[str, typer.Option(help="What to minimize.", metavar="|".join(LOSSES))]
+SaliencyOption = Annotated[
+    str, typer.Option(help="Whose maps to penalize.", metavar="|".join(SALIENCIES))
+]
+ScaleOption = Annotated[
+    str, typer.Option(help="How the penalty is kept in bounds.", metavar="|".join(SCALES))
+]
+NoR1Option = Annotated[bool, typer.Option("--no-r1", help="Leave out R1 = CE (1 - S).")]
+NoR2Option = Annotated[bool, typer.Option("--no-r2", help="Leave out R2 = S (1 - CE).")]
+BalanceOption = Annotated[float, typer.Option("--lambda", help="The lambda of Eq. 7, 0 to 1.")]
+WeightOption = Annotated[float, typer.Option(help="Of what energy and rrr add to cross entropy.")]
+RateOption = Annotated[float, typer.Option("--lr", help="Learning rate.")]
+ScheduleOption = Annotated[
+    str, typer.Option(help="How the learning rate goes on.", metavar="|".join(SCHEDULES))
+]
+EpochsOption = Annotated[int, typer.Option(help="Passes over the images.")]
+BatchSizeOption = Annotated[int, typer.Option(help="Images per step.")]
+OptimizerOption = Annotated[
+    str, typer.Option(help="SGD with momentum 0.9, or AdamW.", metavar="|".join(OPTIMIZERS))
+]
