@@ -55,9 +55,7 @@ from repair.outcome import (
     seeds_record,
     training_record,
 )
-from repair.sources import (
-    open_scanned_network,
-)
+from repair.sources import open_scanned_network
 from repair.tracking import TrainingLog, check_tensorboard
 from repair.training import DamagedCheckpointError, Row, Trained, predict, train_layer
 

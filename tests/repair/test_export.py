@@ -229,3 +229,11 @@ def test_a_residual_network_with_batch_norm_is_repaired_and_exported(
     exported = export_network(run, ExportRequest())
     assert exported.passed, exported.proof["reasons"]
     assert exported.proof["changed_initializers"] == [f"{layer}.weight"]
+    with_norm = repair_layer(run, replace(config, with_norm=True), RepairRequest(layer=layer))
+    frozen = with_norm.info["frozen"]
+    assert frozen["identical"] == frozen["tensors"] == len(module.state_dict()) - 3
+    norm = layer.replace("conv2", "bn2")
+    assert set(frozen["changed"]) == {f"{layer}.weight", f"{norm}.weight", f"{norm}.bias"}
+    exported = export_network(run, ExportRequest())
+    assert exported.passed, exported.proof["reasons"]
+    assert f"{layer}.weight" in exported.proof["changed_initializers"]  # the norm is folded into it
