@@ -198,10 +198,10 @@ def calibration_interval(
     resamples: int = 2000,
     level: float = 0.95,
 ) -> Interval:
-    """Return the expected calibration error with its percentile bootstrap interval over images.
+    """Return the expected calibration error with its bootstrap interval over images.
 
     Arguments as for `calibration_error`. Resampling adds noise to every bin, and noise adds to the
-    error: the interval lies somewhat high.
+    error: the percentile interval is moved down by the mean excess of the resamples, not below 0.
     """
     value = calibration_error(confidence, right, bins=bins)
     sure = np.asarray(confidence, dtype=np.float64).ravel()
@@ -213,7 +213,8 @@ def calibration_interval(
         return np.asarray(sum(np.abs(values[drawn].sum(axis=1)) for values in own) / sure.size)
 
     replicates = _bootstrap(errors, sure.size, seed=seed, resamples=resamples)
-    return _percentile(value, replicates, level)
+    excess = max(0.0, float(replicates.mean()) - value)
+    return _percentile(value, np.maximum(replicates - excess, 0.0), level)
 
 
 def classification_metrics(

@@ -149,7 +149,15 @@ def test_calibration_is_what_scikit_learns_curve_adds_up_to() -> None:
     counts = np.histogram(sure, edges)[0]
     weights = counts[counts > 0] / counts.sum()
     assert found.value == pytest.approx(float((weights * np.abs(share - mean)).sum()), rel=1e-9)
-    assert found.low < found.high and found.high > found.value
+    assert found.low < found.value < found.high
+
+
+def test_the_interval_of_a_calibrated_network_holds_its_own_error() -> None:
+    generator = np.random.default_rng(2)
+    for _ in range(20):
+        sure = generator.uniform(0.5, 1.0, size=300)
+        found = calibration_interval(sure, generator.random(300) < sure, seed=0)
+        assert 0 <= found.low <= found.value <= found.high
 
 
 def test_a_finished_repair_tells_all_of_it(finished: tuple[Run, RepairFolder]) -> None:
