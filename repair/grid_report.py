@@ -76,9 +76,11 @@ def _test_line(start: str, test: Mapping[str, Any], other: str, name: str) -> st
     ours, theirs = (100 * test[key]["accuracy"]["value"] for key in ("best", other))
     versus = test[f"versus_{other}"]
     value, low, high = (100 * versus["accuracy"][key] for key in ("value", "low", "high"))
+    p_value = versus["mcnemar"]["p_value"]
+    p_text = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
     return (
         f"{start}{ours:.1f} % against {theirs:.1f} % {name}, difference {value:+.1f} points "
-        f"[{low:+.1f}, {high:+.1f}] (McNemar p = {versus['mcnemar']['p_value']:.3f})."
+        f"[{low:+.1f}, {high:+.1f}] (McNemar {p_text})."
     )
 
 

@@ -145,6 +145,8 @@ def repair_layer(
         repair = open_repair(run.path / "repairs" / team.leaders(name))
     if guidance is not None:
         console.say(guidance.sentence)
+    if config.with_norm and not network.program.norm_parameters_after(layer.name):
+        console.say(f"no batch norm follows {layer.name} alone; --with-norm changes nothing there")
     if resumed is not None and team.leads:
         resumed.write_info(status="running", failure=None)
     try:
@@ -389,7 +391,9 @@ class _Repair:
         self, plans: Sequence[PlannedControl], crossing: Mapping[str, CrossingTensors]
     ) -> list[Repeat]:
         """Train the repair and its controls on the same layer again, by further seeds."""
-        repeats = []
+        repeats: list[Repeat] = []
+        if not self.config.further_seeds:
+            return repeats
         with self._timed("repeats"):
             for seed in self.config.further_seeds:
                 for plan in (None, *plans):

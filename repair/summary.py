@@ -31,7 +31,8 @@ def repair_summary(repair: RepairFolder) -> RenderableType:
     lines += _after(info)
     if info.get("ssim"):
         lines.append(Text(f"Maps before and after: SSIM {_interval(info['ssim'], digits=3)}"))
-    lines.append(Text(f"Weights of epoch {info['training']['best_epoch']}, by validation."))
+    kept = "the last" if info["config"].get("keep") == "last" else "by validation"
+    lines.append(Text(f"Weights of epoch {info['training']['best_epoch']}, {kept}."))
     lines.append(Text(f"Repair folder: {repair.path}"))
     return Group(*lines)
 
