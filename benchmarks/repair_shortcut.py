@@ -233,7 +233,8 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
             found = [_table(regime, kind, name, own) for name in METHODS]
             found = [table for table in found if table["repairs"]]
             tables += found
-            print_table(f"{kind}, {regime} photos", found)
+            if found:
+                print_table(f"{kind}, {regime} photos", found)
     by = {(t["regime"], t["kind"], t["method"]): t for t in tables}
     summary: dict[str, float] = {}
     for regime, end in (("balanced", ""), ("biased", "_biased")):
@@ -246,12 +247,14 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         )
         print(f"{regime}: {best['method']} recovers most with at most a point of damage")
         summary[f"recovered_best_planted{end}"] = best["recovered"]
+    summary["cells"] = len({(row["case"], row["regime"], row["seed"]) for row in rows})
     summary["repairs"] = len(rows)
     summary["repairs_identical"] = sum(row["identical"] == row["tensors"] for row in rows)
     config = configuration(
         "cpu",
         "timm",
-        seeds=list(SEEDS),
+        seeds=sorted({row["seed"] for row in rows}),
+        seeds_planned=list(SEEDS),
         cases=sorted({row["case"] for row in rows}),
         settings={name: method.config.as_dict() for name, method in METHODS.items()},
     )
