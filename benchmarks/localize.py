@@ -61,6 +61,9 @@ def main() -> None:
     parser.add_argument("scenes", nargs="*", metavar="NETWORK", default=[])
     parser.add_argument("--work", type=Path, default=Path("local/localize"))
     parser.add_argument("--faults", type=int, default=28, help="planted in each network")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=faults.KINDS, default=faults.KINDS, help="of those faults"
+    )
     parser.add_argument("--draws", type=int, default=10, help="healthy draws of each network")
     parser.add_argument("--unmarked", action="store_true", help="healthy draws without marks")
     parser.add_argument("--tuning", action="store_true", help="on the seeds for tuning")
@@ -90,6 +93,8 @@ def _plant(name: str, options: argparse.Namespace) -> None:
     layers = [layer.name for layer in where.program.layers]
     for at in range(options.faults):
         kind = faults.KINDS[at % len(faults.KINDS)]
+        if kind not in options.kinds:
+            continue
         seed = options.seeds["plant"] + at
         draw = np.random.default_rng([seed, faults.SCENES.index(name)]).permutation(layers)
         for tried, layer in enumerate(draw[:TRIES]):

@@ -85,6 +85,7 @@ METHODS: dict[str, Method] = {
     "planted rrr, last": Method(place="planted", config=_settings(loss="rrr", **LAST)),
     "dfr": Method(place="last", config=_settings(loss="ce")),
     "full": Method(place="all", config=_settings(loss="ce")),
+    "full, rate .001": Method(place="all", config=_settings(loss="ce", learning_rate=0.001)),
     "auto-rgn": Method(place="all", config=_settings(loss="ce"), surgical=True),
 }
 
@@ -117,6 +118,9 @@ def main() -> None:
     parser.add_argument("action", choices=["train", "report"])
     parser.add_argument("--part", type=int, default=0, help="of the cases, to share the work")
     parser.add_argument("--parts", type=int, default=1)
+    parser.add_argument(
+        "--networks", nargs="+", default=["resnet", "vgg", "efficientnet"], help="of the cases"
+    )
     parser.add_argument("--faults", type=Path, default=Path("local/localize"))
     parser.add_argument("--work", type=Path, default=Path("local/repair_shortcut"))
     options = parser.parse_args()
@@ -124,21 +128,37 @@ def main() -> None:
     if options.action == "report":
         report(_read(options.work))
         return
-    cases = all_cases(options.faults)
-    done = {(row["case"], row["regime"], row["seed"]) for row in _read(options.work)}
+    cases = [case for case in all_cases(options.faults) if case.network in options.networks]
+    done = {(r["case"], r["regime"], r["seed"], r["method"]) for r in _read(options.work)}
     kept = options.work / f"rows-{options.part}.jsonl"
     for seed in SEEDS:
         for case in cases[options.part :: options.parts]:
             for regime in case.regimes:
-                if (case.name, regime, seed) not in done:
+                methods = {
+                    name: method
+                    for name, method in METHODS.items()
+                    if applies(case, regime, method) and (case.name, regime, seed, name) not in done
+                }
+                if methods:
                     given = lessons(case, regime, seed, options.faults)
-                    rows = repair_all(case, given, {"regime": regime, "seed": seed})
+                    rows = repair_all(case, given, methods, {"regime": regime, "seed": seed})
                     with kept.open("a") as stream:
                         stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def repair_all(case: Case, given: Lessons, known: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of every method on one case with one draw of photos."""
+def applies(case: Case, regime: str, method: Method) -> bool:
+    """Return whether a method is tried on a case: its layer is known and has the maps it needs."""
+    place = layer_of(case, method.place)
+    if place is None or (method.config.keep == "last" and regime == "balanced"):
+        return False
+    needs_maps = method.config.loss_function.needs_maps
+    return place == "all" or not needs_maps or case.faulty.layer(place).has_maps
+
+
+def repair_all(
+    case: Case, given: Lessons, methods: Mapping[str, Method], known: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the rows of the methods on one case with one draw of photos."""
     known = {"case": case.name, "network": case.network, "kind": case.kind, **known}
     pools = {"conflicting": case.conflicting, "unaffected": case.unaffected}
     for which, program in (("healthy", case.healthy), ("faulty", case.faulty)):
@@ -146,13 +166,10 @@ def repair_all(case: Case, given: Lessons, known: Mapping[str, Any]) -> list[dic
             known[f"{which}_{name}"] = round(predictions_right(program, pool), 4)
     rows = []
     crossed: dict[str, dict[str, Crossing]] = {}
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         place = layer_of(case, method.place)
-        if place is None or (method.config.keep == "last" and known["regime"] == "balanced"):
-            continue
+        assert place is not None
         split = case.faulty.uncut() if place == "all" else case.faulty.split(place)
-        if method.config.loss_function.needs_maps and not split.layer.has_maps:
-            continue
         if place not in crossed:
             crossed = {
                 place: {
