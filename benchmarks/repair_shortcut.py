@@ -14,9 +14,9 @@ know: for marks the region that an error group of the scan names, in every photo
 backgrounds the object's mask. `default` is what `repair layer` does then: `energy` on
 counterfactuals. `trust` is the paper's loss, bounded. `planted` is the layer at fault, the other
 rows are of the layer that the scan blames first. Controls: plain cross entropy (`ce`), the maps of
-other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 2022), all layers (`full`),
-all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's against `ce` on
-the same layer, all faults and seeds together, corrected after Holm.
+other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 2022), all layers
+(`full`), all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's
+against `ce` on the same layer, all faults and seeds together, corrected after Holm.
 
 Rows are kept as they come in WORK/rows.jsonl; a run goes on where the last one stopped.
 

@@ -13,8 +13,8 @@ little: 62 and 73 % were right).
 
 Photos to repair with are ``balanced`` (the shortcut is right as often as wrong) or ``biased`` (it
 is right for 95 of 100). The networks for cats and dogs have not learned from these photos: what a
-network knows by heart teaches it nothing. Each photo has a counterfactual beside it, made as `repair
-layer` makes them (`repair.counterfactuals`).
+network knows by heart teaches it nothing. Each photo has a counterfactual beside it, made as
+`repair layer` makes them (`repair.counterfactuals`).
 """
 
 from __future__ import annotations
