@@ -139,7 +139,7 @@ def main() -> None:
                 methods = {
                     name: method
                     for name, method in METHODS.items()
-                    if applies(case, regime, method) and (case.name, regime, seed, name) not in done
+                    if applies(case, method) and (case.name, regime, seed, name) not in done
                 }
                 if methods:
                     given = lessons(case, regime, seed, options.faults)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from audit import console
 from repair.config import RepairConfig
 from repair.guidance import names_region
 
@@ -31,8 +30,8 @@ def settle(
     *,
     masks: Path | None = None,
     group: str | None = None,
-) -> RepairConfig:
-    """Return the settings with those that were left to the run decided, and say how.
+) -> tuple[RepairConfig, str | None]:
+    """Return the settings with those that were left to the run decided, and how, in one line.
 
     Args:
         run: The scan.
@@ -42,14 +41,15 @@ def settle(
         masks: Masks that the user names.
         group: Error group that the user names.
     """
+    if "loss" not in choose:
+        return config, None
     guided = names_region(run, masks=masks, group=group)
-    if "loss" in choose:
-        loss = (GUIDED_LOSS if guided else UNGUIDED_LOSS) if layer.has_maps else "ce"
-        config = replace(config, loss=loss)
-        console.say(f"the loss is {loss}: {_reason(layer, guided)}; --loss chooses another one")
+    loss = (GUIDED_LOSS if guided else UNGUIDED_LOSS) if layer.has_maps else "ce"
+    config = replace(config, loss=loss)
     if "counterfactuals" in choose:
-        config = replace(config, counterfactuals=guided and "loss" in choose)
-    return config
+        config = replace(config, counterfactuals=guided)
+    images = " on counterfactual images" if config.counterfactuals else ""
+    return config, f"the loss is {loss}{images}: {_reason(layer, guided)}; --loss chooses another"
 
 
 def _reason(layer: Layer, guided: bool) -> str:

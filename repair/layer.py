@@ -136,8 +136,9 @@ def repair_layer(
         code=request.code,
     )
     layer = network.layer(name)
+    settled = None
     if resumed is None:
-        config = settle(
+        config, settled = settle(
             run, layer, config, request.choose, masks=request.masks, group=request.group
         )
     check_has_maps(layer, config)
@@ -155,6 +156,8 @@ def repair_layer(
     if repair is None:
         name = run.start_repair(layer.name, record).name if team.leads else ""
         repair = open_repair(run.path / "repairs" / team.leaders(name))
+    if settled is not None:
+        console.say(settled)
     if guidance is not None:
         console.say(guidance.sentence)
     if config.with_norm and not network.program.norm_parameters_after(layer.name):
