@@ -31,6 +31,7 @@ from sqlalchemy.schema import CreateTable
 
 from audit.errors import UsageError, VotesError
 from audit.runs import Run, list_runs, open_run
+from dashboard.study import VOTES_VARIABLE
 from dashboard.study.design import (
     BACKGROUND,
     LEVELS,
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL, Connection, CursorResult, Engine
 
 __all__ = [
-    "VOTES_VARIABLE",
     "Rater",
     "Study",
     "Vote",
@@ -55,7 +55,6 @@ __all__ = [
     "store_of",
 ]
 
-VOTES_VARIABLE = "LAYERMEND_VOTES"
 VOTES_FILE = "votes.sqlite"
 SCHEMA_VERSION = 1
 _BUSY_S = 30.0

@@ -16,8 +16,9 @@ import sqlalchemy as sa
 
 from audit.errors import UsageError, VotesError
 from audit.runs import start_run
+from dashboard.study import VOTES_VARIABLE
 from dashboard.study.design import BACKGROUND, questions
-from dashboard.study.store import VOTES_VARIABLE, Study, VoteStore, check_url, find_study, store_of
+from dashboard.study.store import Study, VoteStore, check_url, find_study, store_of
 from tests.dashboard.study_material import design, side_of
 
 PROJECT = Path(__file__).resolve().parents[2]
