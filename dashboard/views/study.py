@@ -25,7 +25,6 @@ from dashboard.study.store import Rater, Study, VoteStore, find_study
 from dashboard.study.tables import question_text
 
 _PLACE, _SINCE, _BACK, _PROBLEM = (f"layermend_study_{n}" for n in ("place", "since", "back", "no"))
-KEYS = {"yes": "1", "no": "2", "left": "1", "right": "2", "same": "3", "cant": "4"}
 
 
 def main() -> None:
@@ -66,9 +65,11 @@ def _found(study_id: str, token: str) -> tuple[Run, VoteStore, Study] | None:
 
 def _ask_background(store: VoteStore, study: Study, rater: Rater) -> None:
     n = study.design.votes_per_rater
-    st.html(part("headline", study.title, "First, three questions about yourself."))
-    st.html(part("section", "", f"Then {n} questions about images. You can stop at any time and "
-                 "come back by the same link; what you answered stays."))  # fmt: skip
+    note = (
+        f"Then {n} questions about images. You can stop at any time and come back by the same "
+        "link; what you answered stays."
+    )
+    st.html(part("headline", study.title, "First, three questions about yourself.", [note]))
     with st.form("background", border=False):
         levels = {
             name: st.radio(question, LEVELS, index=None, horizontal=True, key=name)
@@ -95,19 +96,19 @@ def _ask(repair: RepairFolder, store: VoteStore, study: Study, rater: Rater) -> 
     if problem := st.session_state.pop(_PROBLEM, None):
         st.html(part("banner", "bad", problem))
     if place is None:
-        st.html(part("headline", study.title, "Thank you, that was all.",
-                     ["Every answer is kept. You can close this page."]))  # fmt: skip
+        note = "Every answer is kept. You can close this page."
+        st.html(part("headline", study.title, "Thank you, that was all.", [note]))
         _offer_back(len(asked))
         return
     question = asked[place]
     _show(repair, question)
     _note_time(place)
     with st.container(horizontal=True):
-        for answer, label in ANSWERS[question.task].items():
+        for key, (answer, label) in enumerate(ANSWERS[question.task].items(), start=1):
             st.button(
                 label,
                 key=f"answer-{place}-{answer}",
-                shortcut=KEYS[answer] if question.task == "prefer" or answer != "cant" else "3",
+                shortcut=str(key),
                 on_click=_answer,
                 args=(store, rater, question, answer, back is not None),
             )

@@ -71,6 +71,7 @@ def _show_study(run: Run, store: VoteStore, study: Study) -> None:
     cases = cases_of(study.design, counted if by_votes else ())
     source = "by these votes" if by_votes else "as the repair recorded them"
     table = preferences(study.design, votes, cases, without)
+    alone = preferences_by_rater(study.design, votes)
     people = len({vote.rater for vote in counted})
     st.html(
         part(
@@ -90,11 +91,14 @@ def _show_study(run: Run, store: VoteStore, study: Study) -> None:
             f"bootstrap over raters and Wilson's. Cases {source}.",
         )
     )
+    rater = _pick_rater([row["rater"] for row in alone])
+    if rater is not None:
+        own = [vote for vote in votes if vote.rater == rater]
+        table = preferences(study.design, own, cases)
     _table(preference_rows(table))
     _show_trust(study, votes, without)
     _show_reliability(study, raters, votes, without)
     st.html(part("section", "Rater by rater", "Wilson intervals. Everyone, left out or not."))
-    alone = preferences_by_rater(study.design, votes)
     _table(rater_rows(summaries(study.design, raters, votes), alone))
     _offer_csv(study, raters, votes)
     if "accurate" in study.design.tasks:
@@ -106,6 +110,16 @@ def _left_out(out: set[int]) -> set[int]:
         return set()
     keep = st.checkbox(f"Count {count(len(out), 'raters')} who failed the attention checks too")
     return set() if keep else out
+
+
+def _pick_rater(raters: list[int]) -> int | None:
+    """Return the rater whose votes alone are to be shown, None for all together."""
+    return st.selectbox(
+        "Votes of",
+        [None, *raters],
+        format_func=lambda rater: "All raters" if rater is None else f"Rater {rater + 1}",
+        width=220,
+    )
 
 
 def _case_source(study: Study, votes: list[Vote]) -> bool:

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -242,6 +244,9 @@ def test_results_are_those_of_the_votes(run: Run) -> None:
     app = app.checkbox[0].set_value(True).run()
     assert "50 % of the votes prefer the map after the repair" in _seen(app).text
     assert dict(_pairs(_table(app, 0)))["All images"] == "8"
+    votes_of = next(box for box in app.main.selectbox if box.label == "Votes of")
+    app = votes_of.set_value(1).run()
+    assert _table(app, 0)[0][:4] == ["All images", "4", "100 % [51, 100]", "0 % [0, 49]"]
     [download] = app.get("download_button")
     assert download.proto.label == "All votes, CSV"
     table = list(csv.reader(io.StringIO(votes_csv(study.design, store.raters(study.id),
@@ -302,3 +307,12 @@ def test_names_from_files_are_text(run: Run) -> None:
         for tag, attributes in one.tags:
             assert not [name for name in attributes if name.startswith("on")]
             assert tag != "img" or str(attributes["src"]).startswith("data:image/")
+
+
+def test_a_database_of_no_use_is_wrong_usage(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dashboard", str(tmp_path), "--votes", "mysql://here/votes"]
+    done = subprocess.run(
+        command, cwd=APP.parents[1], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "postgresql://USER@HOST/NAME" in done.stderr
