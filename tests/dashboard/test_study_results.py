@@ -121,7 +121,9 @@ def test_intervals_over_raters_see_that_raters_differ() -> None:
     assert found.value == independent.value == 0.5
     assert found.low < independent.low - 0.1 and found.high > independent.high + 0.1
     means = [np.mean(row) for row in np.random.default_rng(9).choice(hits, (20_000, 6)) / 20]
-    low, high = np.quantile(means, [0.025, 0.975])
+    # Hesterberg 2015: percentiles of the bootstrap, expanded for six raters.
+    tail = stats.norm.sf(np.sqrt(6 / 5) * stats.t.isf(0.025, 5))
+    low, high = np.quantile(means, [tail, 1 - tail])
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.05)
 
 
@@ -366,3 +368,12 @@ def _says_after(_: Rater, question: Question) -> str:
     if question.task == "prefer":
         return side_of(question, "after")
     return "yes" if question.shown == "after" else "no"
+
+
+def test_intervals_over_raters_hold_the_truth_often_enough() -> None:
+    generator, truth, held = np.random.default_rng(0), 0.6, 0
+    for seed in range(60):
+        leanings = generator.beta(4 * truth, 4 * (1 - truth), 8)
+        found = share_over_raters(generator.binomial(20, leanings), [20] * 8, seed=seed)
+        held += found.low <= truth <= found.high
+    assert held >= stats.binom.ppf(0.01, 60, 0.93)
