@@ -52,11 +52,6 @@ def dashboard(
     runs: Annotated[
         Path, typer.Argument(help="A run folder, or a folder of runs.", metavar="RUNS")
     ] = Path("runs"),
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
-    host: Annotated[
-        str,
-        typer.Option(help="Address to listen on; others than localhost are open to the network."),
-    ] = "localhost",
     votes: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +68,11 @@ def dashboard(
             help="Show studies to those who hold a rater's link, and nothing else.",
         ),
     ] = False,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on; others than localhost are open to the network."),
+    ] = "localhost",
 ) -> None:
     """Look at scans and repairs in the browser, and let colleagues vote."""
     if not runs.is_dir():
