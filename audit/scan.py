@@ -206,7 +206,7 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
 
 def _write_groups(run: Run, subject: Subject, predictions: Predictions) -> None:
     """Look at wrong images beside right ones; keep the groups that chance does not explain."""
-    step = subject.checkpoints.step("groups")
+    step = subject.checkpoints.step("groups", shared=False)
     if step.finished:
         return
     with console.progress("looking at wrong images", None) as bar:
@@ -267,7 +267,7 @@ def _try_repairs(
                 promising=order,
                 favored=favored,
                 on_steps=bar.advance,
-                checkpoint=subject.checkpoints.step(f"trials-{kind.kind}"),
+                checkpoint=subject.checkpoints.step(f"trials-{kind.kind}", shared=False),
             )
             found.append(trials)
     return found[0], found[1] if len(found) > 1 else [], judging
