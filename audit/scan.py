@@ -169,6 +169,7 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         score_maps(subject, findings)
     if not subject.team.leads:
         return
+    subject.team.dismiss_others()
     if not predictions.loaded.any():
         raise ImageError(
             f"none of the {len(folder.records)} images in {request.data} could be decoded"

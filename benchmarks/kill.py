@@ -1,13 +1,14 @@
 """Commands killed at random moments, by SIGKILL, and gone on with: is anything lost or half done?
 
-`audit scan`, `repair layer`, `repair grid` and `repair export` run on the demo's network and some
-of its images, once undisturbed. Then each is started, killed at a moment drawn evenly over the time
-that the undisturbed one took, gone on with (`--resume`; grid and export by the same command again),
+`audit scan`, `repair layer`, `repair grid` and `repair export` run on a small network and generated
+images, once undisturbed. Then each is started, killed at a moment drawn evenly over the time that
+the undisturbed one took, gone on with (`--resume`; grid and export by the same command again),
 killed again, and so on, and at last left to end. Its numbers, tables, maps and weights have to be
 those of the undisturbed one, bit for bit; and after each kill every file under a final name has to
-be whole: each is parsed to its end.
+be whole: each is parsed to its end. Commands run in forked processes in which the libraries are
+loaded already, so that moments fall into the work and not into imports.
 
-    flock /tmp/slot python benchmarks/kill.py [--work local/kill] [--minutes 8]
+    python benchmarks/kill.py [--work local/kill] [--minutes 8]
 
 Chains of kills that were finished are kept; the same command does the rest.
 """
@@ -38,11 +39,15 @@ from PIL import Image
 from results_file import configuration, print_table, write_results
 from safetensors.torch import load_file
 
-from audit.demo import prepare
+import audit.cli
+import audit.scan
+import repair.cli
+import repair.grid
+import repair.layer
 
-IMAGES = 160
+IMAGES = 400
 KILLS_A_CHAIN = 4
-CHAINS = {"scan": 4, "layer": 3, "grid": 2, "export": 1}
+KILLS = {"scan": 14, "layer": 10, "grid": 6, "export": 6}  # at least so many of each command
 TIMES = {
     "created_utc",
     "finished_utc",
@@ -57,9 +62,9 @@ TIMES = {
 """What may differ: times, memory, the command line; of a grid, fANOVA's reading of the order in
 which its trials came."""
 
-LAYER = "block4_conv3"
+LAYER = "block2_conv1"
 GRID = ("--lr", "0.01,0.1", "--lambda", "0.9,0.7", "--epochs", "2", "--name", LAYER)
-REPAIR = ("--epochs", "4", "--controls", "ce,next-layer", "--name", LAYER)
+REPAIR = ("--epochs", "6", "--keep", "last", "--controls", "ce,next-layer", "--name", LAYER)
 
 
 def main() -> None:
@@ -74,18 +79,17 @@ def main() -> None:
     reference = undisturbed(options.work.absolute())
     kept = options.work / "chains.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    planned = [(what, number) for what, chains in CHAINS.items() for number in range(chains)]
-    for what, number in planned:
-        if any(row["command"] == what and row["chain"] == number for row in rows):
-            continue
-        if time.monotonic() > ends_s:
-            print(f"{len(rows)} of {len(planned)} chains; run it again for the rest")
-            return
-        row = chain(what, number, options.work.absolute(), reference, options.seed)
-        rows.append(row)
-        with kept.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row)
+    for what, wanted in KILLS.items():
+        while sum(row["kills"] for row in rows if row["command"] == what) < wanted:
+            if time.monotonic() > ends_s:
+                print(f"{sum(row['kills'] for row in rows)} kills; run it again for the rest")
+                return
+            number = sum(row["command"] == what for row in rows)
+            row = chain(what, number, options.work.absolute(), reference, options.seed)
+            rows.append(row)
+            with kept.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
     report(rows, options.seed)
 
 
@@ -96,9 +100,9 @@ def command(what: str, folder: Path, work: Path) -> list[str]:
     """Return what a user would type to start it, or to go on with it."""
     runs = folder / "runs"
     if what == "scan":
-        model, images = work / "demo" / "digits-vgg.safetensors", work / "demo" / "images"
+        model, images = work / "digits.safetensors", work / "images"
         typed = ["audit", "scan", str(model), "--data", str(images), "--out", str(runs)]
-        typed += ["--limit", str(IMAGES), "--batch-size", "8"]
+        typed += ["--batch-size", "8"]
         return typed + (["--resume"] if any(runs.glob("*/run.json")) else [])
     (run,) = runs.iterdir()
     if what == "layer":
@@ -108,15 +112,41 @@ def command(what: str, folder: Path, work: Path) -> list[str]:
     return ["repair", what, "--run", str(run), *(GRID if what == "grid" else ())]
 
 
-def start(typed: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
-    log = (folder / "log.txt").open("ab")
-    with log:
-        return subprocess.Popen([sys.executable, "-m", *typed], stdout=log, stderr=log)
+def start(typed: Sequence[str], folder: Path) -> int:
+    """Return the process in which the command now runs, its output in `folder/log.txt`."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = list(typed)
+    code = 1
+    try:
+        {"audit": audit.cli.main, "repair": repair.cli.main}[typed[0]]()
+    except SystemExit as ending:
+        code = int(ending.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(child: int, seconds: float = float("inf")) -> int | None:
+    """Return the exit code, None where the process has not ended after so many seconds."""
+    ends_s = time.perf_counter() + seconds
+    while time.perf_counter() < ends_s:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    return None
 
 
 def finish(typed: Sequence[str], folder: Path) -> float:
     started_s = time.perf_counter()
-    if start(typed, folder).wait() != 0:
+    if wait(start(typed, folder)) != 0:
         end = (folder / "log.txt").read_text()[-2000:]
         raise RuntimeError(f"`{' '.join(typed)}` failed:\n{end}")
     return time.perf_counter() - started_s
@@ -128,10 +158,13 @@ def undisturbed(work: Path) -> dict[str, float]:
     if done.exists():
         seconds: dict[str, float] = json.loads(done.read_text())
         return seconds
-    shutil.rmtree(work, ignore_errors=True)
-    prepare(work / "demo", seed=0)
+    # In processes of their own: a network that was trained here could not be trained after a fork.
+    code = "import sys, scale; from pathlib import Path; p = Path(sys.argv[1]);"
+    code += "scale.trained_model(p / 'digits.safetensors', 0);"
+    code += f"scale.drawn_images(p / 'images', {IMAGES}, 0)"
+    subprocess.run([sys.executable, "-c", code, work], cwd=Path(__file__).parent, check=True)
     found = {}
-    for what in CHAINS:
+    for what in KILLS:
         begin(what, work / what, work)
         found[what] = finish(command(what, work / what, work), work / what)
     done.write_text(json.dumps(found))
@@ -151,7 +184,7 @@ def chain(
     what: str, number: int, work: Path, seconds: dict[str, float], seed: int
 ) -> dict[str, Any]:
     """Kill a command again and again, let it end, and compare."""
-    generator = np.random.default_rng([seed, list(CHAINS).index(what), number])
+    generator = np.random.default_rng([seed, list(KILLS).index(what), number])
     folder = work / f"{what}-{number}"
     begin(what, folder, work)
     moments: list[float] = []
@@ -159,17 +192,16 @@ def chain(
     while len(moments) < KILLS_A_CHAIN:
         moment_s = generator.uniform(0, seconds[what])
         child = start(command(what, folder, work), folder)
-        try:
-            child.wait(moment_s)
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
+        code = wait(child, moment_s)
+        if code is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
             moments.append(round(moment_s, 2))
             halves += damaged_files(folder)
-            continue
-        if child.returncode != 0:
+        elif code == 0:
+            break  # it was done before the moment came: there is nothing more to kill
+        else:
             raise RuntimeError((folder / "log.txt").read_text()[-2000:])
-        break  # it was done before the moment came: there is nothing more to kill
     if len(moments) == KILLS_A_CHAIN:
         finish(command(what, folder, work), folder)
     differing = differences(what, folder, work / what)
@@ -309,7 +341,7 @@ def report(rows: Sequence[dict[str, Any]], seed: int) -> None:
             "half files": sum(len(row["half_files"]) for row in own),
             "temporary files left": sum(row["temporary_files_left"] for row in own),
         }
-        for what in CHAINS
+        for what in KILLS
         if (own := [row for row in rows if row["command"] == what])
     ]
     print_table("Killed at random moments, and gone on with", by_command)
