@@ -388,5 +388,7 @@ def _model_name(source: str) -> str:
 
 
 def _resuming_command(request: ScanRequest) -> list[str]:
+    if request.command:
+        return [*(word for word in request.command if word != "--resume"), "--resume"]
     where = [] if request.out == Path("runs") else ["--out", str(request.out)]
     return ["audit", "scan", request.model, "--data", str(request.data), *where, "--resume"]
