@@ -104,7 +104,7 @@ def command(what: str, folder: Path, work: Path) -> list[str]:
         typed = ["audit", "scan", str(model), "--data", str(images), "--out", str(runs)]
         typed += ["--batch-size", "8"]
         return typed + (["--resume"] if any(runs.glob("*/run.json")) else [])
-    (run,) = runs.iterdir()
+    (run,) = (found.parent for found in runs.glob("*/run.json"))
     if what == "layer":
         begun = any((run / "repairs").glob("*/repair.json"))
         typed = ["repair", "layer", "--run", str(run), *REPAIR]
@@ -189,7 +189,7 @@ def chain(
     begin(what, folder, work)
     moments: list[float] = []
     halves: list[str] = []
-    while len(moments) < KILLS_A_CHAIN:
+    while len(moments) < KILLS_A_CHAIN and not is_complete(what, folder):
         moment_s = generator.uniform(0, seconds[what])
         child = start(command(what, folder, work), folder)
         code = wait(child, moment_s)
@@ -202,11 +202,11 @@ def chain(
             break  # it was done before the moment came: there is nothing more to kill
         else:
             raise RuntimeError((folder / "log.txt").read_text()[-2000:])
-    if len(moments) == KILLS_A_CHAIN:
+    if len(moments) == KILLS_A_CHAIN and not is_complete(what, folder):
         finish(command(what, folder, work), folder)
     differing = differences(what, folder, work / what)
     halves += damaged_files(folder)
-    left = [path for path in folder.rglob(".partial-*") if path.is_file()]
+    left = [path for path in folder.rglob("*") if path.is_file() and is_temporary(path)]
     row = {
         "command": what,
         "chain": number,
@@ -222,6 +222,13 @@ def chain(
     return row
 
 
+def is_complete(what: str, folder: Path) -> bool:
+    """Whether a kill came after the last word was written; there is nothing to resume then."""
+    records = {"scan": "runs/*/run.json", "layer": "runs/*/repairs/*/repair.json"}
+    found = list(folder.glob(records[what])) if what in records else []
+    return any(json.loads(path.read_text())["status"] == "complete" for path in found)
+
+
 # -------------------------------------------------------------------- what has to be equal
 
 
@@ -233,17 +240,18 @@ def differences(what: str, folder: Path, expected: Path) -> list[str]:
 
 def outcome(what: str, folder: Path) -> dict[str, Any]:
     """Return what a command wrote, by file: without times, and arrays by their hash."""
-    (run,) = (folder / "runs").iterdir()
+    # A kill just after a folder was made leaves an empty one.
+    (run,) = (found.parent for found in folder.glob("runs/*/run.json"))
     if what == "scan":
         root = run
     elif what == "grid":
         (root,) = (run / "grids").iterdir()
     else:
-        (root,) = (run / "repairs").iterdir()
+        (root,) = (found.parent for found in run.glob("repairs/*/repair.json"))
     return {
         path.relative_to(root).as_posix(): content(path)
         for path in sorted(root.rglob("*"))
-        if path.is_file() and not path.name.startswith(".partial-") and path.suffix != ".db"
+        if path.is_file() and not is_temporary(path) and path.suffix != ".db"
     }
 
 
@@ -271,6 +279,11 @@ def plain(document: Any) -> Any:
             items.sort(key=lambda item: (item["lr"], item.get("lambda", 0)))
         return items
     return document
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a killed command left a file that nobody reads: half written, or a checkpoint."""
+    return path.name.startswith((".partial-", "state-")) or path.parent.name == "progress"
 
 
 def digest(data: bytes) -> str:
