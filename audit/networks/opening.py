@@ -30,6 +30,7 @@ from audit.networks.card import (
     find_card,
     read_card,
 )
+from audit.networks.bombs import limited_building
 from audit.networks.checkpoints import check_finite, load_into, read_pickled, read_safetensors
 from audit.networks.exported import read_exported
 from audit.networks.network import Network, sha256_state
@@ -113,7 +114,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     if text.lstrip()[:1] in ("[", "{"):
         try:
             names = _names_from_json(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers and brackets without end
             raise NetworkError(f"{path} is not valid JSON: {error}") from error
     else:
         names = [line.strip() for line in text.rstrip().splitlines()]
@@ -192,7 +193,9 @@ def _from_state(
     # A card's arguments belong to the card's architecture.
     same = card is not None and (card.arch is None or _same(card.arch, arch))
     arguments = dict(card.arch_args) if card is not None and same else {}
-    module, arguments = _build_for(tensors, arch, arguments)
+    numbers = sum(value.numel() for value in tensors.values())
+    with limited_building(numbers, f"{arch} with the arguments on the card"):
+        module, arguments = _build_for(tensors, arch, arguments)
     load_into(module, tensors, path, arch)
     registry, name = architectures.resolve(arch)
     settings = ModelCard(
