@@ -14,6 +14,7 @@ a listing. Nothing here needs torch.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -320,6 +321,7 @@ class Run(_Folder):
     """One scan: its record, tables, verdict, maps, and the repairs made from it."""
 
     record = "run.json"
+    _lock: int | None = None
 
     @cached_property
     def verdict(self) -> dict[str, Any]:
@@ -356,6 +358,46 @@ class Run(_Folder):
     def maps(self, method: str, layer: str) -> np.ndarray:
         """Return the gallery's maps of one layer, (N, h, w) float32 in [0, 1]."""
         return self._maps(method, layer, None)
+
+    def claim(self) -> bool:
+        """Return whether this process may write the run from here on; False while another does.
+
+        The claim ends with `release`, or with the process.
+        """
+        if os.name != "posix":
+            return True  # no lock that ends with its process; two at once are then up to the user
+        import fcntl
+
+        path = self.path / "progress" / "lock"
+        path.parent.mkdir(exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            return False
+        self._lock = lock
+        # Whoever held it may have finished the run in the meantime.
+        self.info = _read_record(self.path, self.record)
+        if self.status == "complete":
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give up the claim, where there is one."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Other processes of a team get the run without the claim to it."""
+        return {**vars(self), "_lock": None}
+
+    def begin(self) -> None:
+        """Write status `running`, as of a run that was never interrupted."""
+        self.info.pop("failure", None)
+        self.write_info(status="running", finished_utc=None)
 
     def write_images(self, rows: Columns) -> None:
         """Write one row per image; columns of the schema that are not given become null."""
