@@ -5,6 +5,7 @@ over the target and flushes the folder: a reader, or a machine that lost power, 
 the new one and never a half. Run folders are built from these few verbs.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -168,12 +169,15 @@ def _refusal(temporary: Path, error: BaseException) -> OSError | None:
     """Return the disk's reason behind an error, None where it has none.
 
     Libraries that write files in their own way (torch, safetensors, Arrow) raise errors of their
-    own when the disk is full; so the disk is asked.
+    own when the disk is full; so the disk is asked, where they do not quote it.
     """
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         return error
     if not isinstance(error, Exception):
         return None
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if os.strerror(number) in str(error):
+            return OSError(number, os.strerror(number))
     try:
         with temporary.open("ab") as file:
             file.write(bytes(1 << 16))

@@ -180,7 +180,7 @@ def mutate_document(document: Any, rng: random.Random) -> Any:
 
 
 def mutate_json(text: str, rng: random.Random) -> bytes:
-    """Return a JSON file after edits of its document, or of its bytes, or as nothing of the kind."""
+    """Return a JSON file after edits of its document or its bytes, or as no such file at all."""
     action = rng.random()
     if action < 0.75:
         return json.dumps(mutate_document(json.loads(text), rng)).encode()

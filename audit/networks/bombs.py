@@ -1,4 +1,4 @@
-"""Model files that would take more memory or time than they are worth, found before they are opened.
+"""Model files that would take memory or time without end, found before they are opened.
 
 Three kinds: an archive that unpacks to many times its size, a pickle whose few tuples hold each
 other so that hashing or printing them never ends (the "billion laughs"), and arguments on a card
@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.nn.parameter import UninitializedParameter
 
 from audit.errors import NetworkError
 
@@ -47,8 +48,8 @@ def check_compression(path: Path) -> None:
     held = path.stat().st_size
     if claimed > max(LARGEST_RATIO * held, HARMLESS_BYTES):
         raise NetworkError(
-            f"{path} has {held:,} bytes and unpacks to {claimed:,}: a decompression bomb, or packed "
-            "by something other than torch; save the model again with torch.save"
+            f"{path} has {held:,} bytes and unpacks to {claimed:,}: a decompression bomb, or not "
+            "packed by torch; save the model again with torch.save"
         )
 
 
@@ -105,7 +106,7 @@ def _largest_object(stream: BinaryIO) -> int:
     """
     stack: list[Any] = []
     memo: dict[int, int] = {}
-    largest = 1
+    largest: int = 1
 
     def until_mark() -> list[int]:
         taken = []
@@ -113,6 +114,7 @@ def _largest_object(stream: BinaryIO) -> int:
             taken.append(top)
         return taken
 
+    argument: Any
     for opcode, argument, _ in pickletools.genops(stream):
         name = opcode.name
         if name == "MARK":
@@ -142,7 +144,7 @@ def _largest_object(stream: BinaryIO) -> int:
             del stack[len(stack) - taken :]
             stack += [1] * len(opcode.stack_after)
         if stack and stack[-1] is not _MARK and stack[-1] > largest:
-            largest = stack[-1]
+            largest = int(stack[-1])
             if largest > LARGEST_UNFOLDING:
                 return largest
     return largest
@@ -169,7 +171,7 @@ def limited_building(expected: int, what: str) -> Iterator[None]:
     most = 4 * expected + SPARE_PARAMETERS
 
     def count_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is None or isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if parameter is None or isinstance(parameter, UninitializedParameter):
             return
         so_far.parameters += parameter.numel()
         if so_far.parameters > most:

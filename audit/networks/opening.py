@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from audit.errors import NetworkError
 from audit.files import sha256_file
 from audit.networks import architectures, imagenet
+from audit.networks.bombs import limited_building
 from audit.networks.card import (
     ModelCard,
     Preprocessing,
@@ -30,7 +31,6 @@ from audit.networks.card import (
     find_card,
     read_card,
 )
-from audit.networks.bombs import limited_building
 from audit.networks.checkpoints import check_finite, load_into, read_pickled, read_safetensors
 from audit.networks.exported import read_exported
 from audit.networks.network import Network, sha256_state
