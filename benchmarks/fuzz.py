@@ -6,7 +6,7 @@ endless loop below Python ends one case and is counted; a sample of each family 
 real command line, too.
 
     python -m benchmarks.fuzz                     # 2,400 models, 2,400 images, 600 runs
-    python -m benchmarks.fuzz --only runs --models 0
+    python -m benchmarks.fuzz --only runs         # one family; results once all three are there
     python -m benchmarks.fuzz case models archive.pt 17   # one case, with its traceback
 """
 
@@ -28,6 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from audit.files import read_json, write_json
 from benchmarks.results_file import configuration, print_table, write_results
 from tests.fuzzing import (
     HANG_S,
@@ -47,7 +48,8 @@ from tests.fuzzing import (
 KINDS = {"models": MODEL_KINDS, "images": IMAGE_KINDS, "runs": RUN_KINDS}
 COUNTS = {"models": 2400, "images": 2400, "runs": 600}
 FIRST_SEED = 1000
-SAMPLE = 20  # of each family through the command line
+PARTS = Path(__file__).parents[1] / "local"  # families that are finished
+SAMPLE = 12  # of each family through the command line
 EXAMPLES = 3  # lines kept of each kind
 MEMORY_GIB = 4  # that a child may take beyond what it starts with
 GRACE_S = 20.0  # a child that says nothing for so long is stuck below Python
@@ -71,16 +73,41 @@ def main() -> None:
             _, family, kind, seed = given.case
             _show_one(folder, (family, kind, int(seed)))
             return
-        outcomes: list[Outcome] = []
-        wall = {}
-        for family in KINDS:
-            if given.only in (None, family):
-                started_s = time.monotonic()
-                cases = _cases(family, getattr(given, family))
-                outcomes += _run_family(family, cases, folder, given.verbose)
-                outcomes += _through_commands(family, cases[: given.sample], folder)
-                wall[family] = round(time.monotonic() - started_s, 1)
-    _report(outcomes, wall, write=given.only is None)
+        families = [family for family in KINDS if given.only in (None, family)]
+        parts = [_part(family, given, folder) for family in families]
+        if given.only:  # with what earlier calls left of the others
+            parts += [part for f in KINDS if f != given.only and (part := _kept(f, given))]
+    outcomes = [Outcome(**one) for part in parts for one in part["outcomes"]]
+    wall = {part["family"]: part["seconds"] for part in parts}
+    _report(outcomes, wall, write=len(parts) == len(KINDS))
+
+
+def _part(family: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Return a family's outcomes, kept until results of all three are written."""
+    kept = _kept(family, given)
+    if kept is not None:
+        return kept
+    started_s = time.monotonic()
+    cases = _cases(family, getattr(given, family))
+    outcomes = [*_run_family(family, cases, folder, given.verbose)]
+    outcomes += _through_commands(family, cases[: given.sample], folder)
+    part = {
+        "family": family,
+        "asked": [getattr(given, family), given.sample, FIRST_SEED],
+        "seconds": round(time.monotonic() - started_s, 1),
+        "outcomes": [asdict(one) for one in outcomes],
+    }
+    write_json(PARTS / f"fuzz-{family}.json", part)
+    return part
+
+
+def _kept(family: str, given: argparse.Namespace) -> dict[str, Any] | None:
+    path = PARTS / f"fuzz-{family}.json"
+    if not path.is_file():
+        return None
+    part = read_json(path)
+    asked = [getattr(given, family), given.sample, FIRST_SEED]
+    return part if part["asked"] == asked else None
 
 
 def _cases(family: str, count: int) -> list[Case]:
@@ -342,6 +369,8 @@ def _report(outcomes: list[Outcome], wall: dict[str, float], *, write: bool) -> 
     config = configuration(
         "cpu", "pillow", "pyarrow", "safetensors", first_seed=FIRST_SEED, hang_s=HANG_S, wall_s=wall
     )
+    for path in PARTS.glob("fuzz-*.json"):
+        path.unlink()
     write_results("fuzz", summary=summary, config=config, rows=[*examples, *wrong])
 
 

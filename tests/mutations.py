@@ -300,10 +300,8 @@ def hostile_pickle(rng: random.Random, canary: Path) -> bytes:
             return b"cposix\nmkdir\n(S'" + place + b"'\ntR."
         case 3:  # through what torch lets build tensors
             return b"ctorch._utils\n_rebuild_tensor_v2\n(cposix\nmkdir\nS'" + place + b"'\ntR."
-        case 4:  # a billion laughs
-            nested: Any = ("ha",)
-            for _ in range(60):
-                nested = (nested, nested)
-            return pickle.dumps({nested: 1}, 2)
+        case 4:  # a billion laughs as a key; hashing it here would not end either
+            doubled = b"".join(b"q%ch%c\x86" % (level, level) for level in range(60))
+            return b"\x80\x02}X\x02\x00\x00\x00ha\x85" + doubled + b"K\x01s."
         case _:
             return b"\x80\x02" + b"(" * rng.choice((10, 100_000)) + b"."
