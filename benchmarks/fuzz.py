@@ -5,7 +5,7 @@ clear `line`, or in what must not happen. Cases run in child processes, so that 
 endless loop below Python ends one case and is counted; a sample of each family goes through the
 real command line, too.
 
-    python -m benchmarks.fuzz                     # 2,400 models, 2,400 images, 600 runs
+    python -m benchmarks.fuzz                     # 2,090 models, 2,100 images, 550 runs
     python -m benchmarks.fuzz --only runs         # one family; results once all three are there
     python -m benchmarks.fuzz case models archive.pt 17   # one case, with its traceback
 """
@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from tests.fuzzing import (
 )
 
 KINDS = {"models": MODEL_KINDS, "images": IMAGE_KINDS, "runs": RUN_KINDS}
-COUNTS = {"models": 2400, "images": 2400, "runs": 600}
+COUNTS = {"models": 2090, "images": 2100, "runs": 550}
 FIRST_SEED = 1000
 PARTS = Path(__file__).parents[1] / "local"  # families that are finished
 SAMPLE = 12  # of each family through the command line
@@ -65,6 +66,7 @@ def main() -> None:
     for family, count in COUNTS.items():
         parser.add_argument(f"--{family}", type=int, default=count)
     parser.add_argument("--sample", type=int, default=SAMPLE)
+    parser.add_argument("--minutes", type=float, default=600, help="stop then; call again to go on")
     parser.add_argument("--verbose", action="store_true", help="print every case")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
@@ -73,41 +75,51 @@ def main() -> None:
             _, family, kind, seed = given.case
             _show_one(folder, (family, kind, int(seed)))
             return
-        families = [family for family in KINDS if given.only in (None, family)]
-        parts = [_part(family, given, folder) for family in families]
-        if given.only:  # with what earlier calls left of the others
-            parts += [part for f in KINDS if f != given.only and (part := _kept(f, given))]
+        deadline_s = time.monotonic() + 60 * given.minutes
+        parts = []
+        for family in KINDS:
+            part = _kept(family, given)
+            if given.only in (None, family) and not part["finished"]:
+                _go_on(part, family, given, folder, deadline_s)
+            parts.append(part)
     outcomes = [Outcome(**one) for part in parts for one in part["outcomes"]]
     wall = {part["family"]: part["seconds"] for part in parts}
-    _report(outcomes, wall, write=len(parts) == len(KINDS))
+    _report(outcomes, wall, write=all(part["finished"] for part in parts))
 
 
-def _part(family: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return a family's outcomes, kept until results of all three are written."""
-    kept = _kept(family, given)
-    if kept is not None:
-        return kept
-    started_s = time.monotonic()
+def _go_on(
+    part: dict[str, Any], family: str, given: argparse.Namespace, folder: Path, deadline_s: float
+) -> None:
+    """Add outcomes to a family's, until all are there or the time is over; keep them."""
+    started_s, before_s = time.monotonic(), part["seconds"]
     cases = _cases(family, getattr(given, family))
-    outcomes = [*_run_family(family, cases, folder, given.verbose)]
-    outcomes += _through_commands(family, cases[: given.sample], folder)
-    part = {
-        "family": family,
-        "asked": [getattr(given, family), given.sample, FIRST_SEED],
-        "seconds": round(time.monotonic() - started_s, 1),
-        "outcomes": [asdict(one) for one in outcomes],
-    }
-    write_json(PARTS / f"fuzz-{family}.json", part)
-    return part
+    sample = cases[:: max(1, len(cases) // max(1, given.sample))][: given.sample]
+    done = len(part["outcomes"])
+
+    def keep() -> None:
+        part["seconds"] = round(before_s + time.monotonic() - started_s, 1)
+        write_json(PARTS / f"fuzz-{family}.json", part)
+
+    for outcome in chain(
+        _run_family(family, cases[done:], folder, given.verbose),
+        _through_commands(family, sample[max(0, done - len(cases)) :], folder),
+    ):
+        part["outcomes"].append(asdict(outcome))
+        if len(part["outcomes"]) % 50 == 0:
+            keep()
+        if time.monotonic() > deadline_s:
+            break
+    part["finished"] = len(part["outcomes"]) == len(cases) + len(sample)
+    keep()
 
 
-def _kept(family: str, given: argparse.Namespace) -> dict[str, Any] | None:
+def _kept(family: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Return what earlier calls left of a family, nothing where they were asked for other cases."""
     path = PARTS / f"fuzz-{family}.json"
-    if not path.is_file():
-        return None
-    part = read_json(path)
     asked = [getattr(given, family), given.sample, FIRST_SEED]
-    return part if part["asked"] == asked else None
+    if path.is_file() and (part := read_json(path))["asked"] == asked:
+        return part
+    return {"family": family, "asked": asked, "finished": False, "seconds": 0.0, "outcomes": []}
 
 
 def _cases(family: str, count: int) -> list[Case]:
@@ -123,12 +135,16 @@ def _run_family(family: str, cases: list[Case], folder: Path, verbose: bool) -> 
     context = multiprocessing.get_context("spawn")
     waiting = list(cases)
     done = 0
+    suspected: Case | None = None
     while waiting:
         here, there = context.Pipe()
         child = context.Process(target=_work, args=(family, waiting, str(folder), there))
         child.start()
         there.close()
         for outcome in _until_silent(here, child, waiting):
+            if outcome.ending == "hang" and suspected != waiting[0]:
+                suspected = waiting[0]  # the machine may have been busy: once more, in a new child
+                break
             done += 1
             waiting.pop(0)
             if verbose or outcome.ending not in ("right", "line"):
@@ -354,6 +370,8 @@ def _report(outcomes: list[Outcome], wall: dict[str, float], *, write: bool) -> 
         **{f"{family}_inputs": sum(o.family == family for o in outcomes) for family in KINDS},
         "longest_s": round(max(o.seconds for o in outcomes if not o.kind.endswith("command")), 2),
     }
+    if not rows:
+        return
     print_table("mutated files", rows)
     print(summary)
     if not write:
