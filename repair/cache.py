@@ -31,6 +31,7 @@ from audit.images import ImageFolder, iterate_batches
 
 if TYPE_CHECKING:
     from audit.networks import Network, Split
+    from repair.counterfactuals import Counterfactuals
 
 CacheKind = Literal["memory", "disk", "recompute"]
 GIB = 2**30
@@ -98,6 +99,7 @@ def cross_tensors(
     kind: CacheKind | None = None,
     batch_size: int = 32,
     with_images: bool = False,
+    counterfactuals: Counterfactuals | None = None,
     on_skip: Callable[[int, str], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> MemoryCache | DiskCache | RecomputedPrefix:
@@ -115,6 +117,7 @@ def cross_tensors(
         kind: Decides in place of the budgets, to repeat an earlier choice.
         batch_size: Images that will be asked for at a time.
         with_images: Keep the normalized images too.
+        counterfactuals: Makes of each image what takes its place.
         on_skip: Called with position and reason for each image that cannot be decoded.
         on_batch: Called with the number of images of each batch that was computed.
     """
@@ -124,6 +127,7 @@ def cross_tensors(
         folder=folder,
         pass_size=min(max(batch_size, _SMALLEST_PASS), _LARGEST_PASS),
         with_images=with_images,
+        counterfactuals=counterfactuals,
         on_skip=on_skip,
     )
     if kind is None:
@@ -177,6 +181,7 @@ class _Source:
     on_skip: Callable[[int, str], None] | None
     with_images: bool = False
     limit: BatchLimit = field(default_factory=BatchLimit)
+    counterfactuals: Counterfactuals | None = None
 
     def bytes(self, images: int) -> int:
         """Return the memory that so many images take."""
@@ -206,6 +211,8 @@ class _Source:
             batch_size=self.pass_size,
             on_skip=self.on_skip,
         ):
+            if self.counterfactuals is not None:
+                batch = self.counterfactuals(batch)
             count = len(batch.indices)
             images = network.normalize(_filled_up(batch.pixels, self.pass_size))
             crossing = self._prefix(images)
@@ -237,6 +244,7 @@ class _Source:
             "run_with": [torch.__version__, str(program.dtype), program.device.type],
             "pass_size": self.pass_size,
             "with_images": self.with_images,
+            "counterfactuals": self.counterfactuals.fingerprint if self.counterfactuals else None,
             "images": images,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
