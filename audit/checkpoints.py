@@ -51,9 +51,13 @@ class Checkpoints:
         """Time that the steps seen so far had taken before they were interrupted."""
         return sum(step.earlier_s for step in self._steps)
 
-    def step(self, name: str) -> Checkpoint:
-        """Return the checkpoint of a step that begins now, or goes on now."""
-        self._steps.append(Checkpoint(self._folder, name, self._team))
+    def step(self, name: str, *, shared: bool = True) -> Checkpoint:
+        """Return the checkpoint of a step that begins now, or goes on now.
+
+        Args:
+            shared: Whether all processes of the team do it, and not the first one alone.
+        """
+        self._steps.append(Checkpoint(self._folder, name, self._team if shared else ALONE))
         return self._steps[-1]
 
     def remove(self) -> None:

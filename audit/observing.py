@@ -127,7 +127,8 @@ class Findings:
             (own, values, self.skipped, self.scores.refused)
         ):
             for column, numbers in zip(self._columns(), found, strict=True):
-                column[places] = numbers
+                known = numbers >= 0  # not NaN, nor -1: another pass has dealt it out otherwise
+                column[places[known]] = numbers[known]
             self.skipped |= skipped
             self.scores.refused |= refused
 

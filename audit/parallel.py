@@ -35,8 +35,9 @@ class Team:
         size: How many there are.
     """
 
-    def __init__(self, fabric: Fabric | None = None) -> None:
+    def __init__(self, fabric: Fabric | None = None, threads: int | None = None) -> None:
         self._fabric = fabric
+        self._threads = threads
         self.rank = fabric.global_rank if fabric else 0
         self.size = fabric.world_size if fabric else 1
 
@@ -53,6 +54,13 @@ class Team:
     def device(self) -> str | None:
         """Where Fabric put this process, such as ``cuda:1``; None for a process alone."""
         return str(self._fabric.device) if self._fabric else None
+
+    def dismiss_others(self) -> None:
+        """Take the whole processor from here on; the other processes have nothing left to do."""
+        if self._threads is not None:
+            import torch
+
+            torch.set_num_threads(self._threads)
 
     def part(self, items: Sequence[Any]) -> tuple[Any, ...]:
         """Return this process's part of what is dealt out."""
@@ -142,8 +150,9 @@ def join_team(devices: int, device: str) -> Team:
             f"--devices is {count}, but there are {torch.cuda.device_count()} GPUs; "
             "ask for fewer, or for --device cpu"
         )
+    threads = torch.get_num_threads()
     if accelerator == "cpu":  # the processes share the processor, they do not each take all of it
-        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+        torch.set_num_threads(max(1, threads // count))
     fabric = Fabric(
         accelerator=accelerator,
         devices=count,
@@ -151,7 +160,7 @@ def join_team(devices: int, device: str) -> Team:
         strategy="ddp",
     )
     fabric.launch()
-    team = Team(fabric)
+    team = Team(fabric, threads)
     if not team.leads:
         console.be_quiet()
     return team

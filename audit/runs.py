@@ -70,6 +70,7 @@ _UNREADABLE = (
 _STAMP = re.compile(r"\d{8}T\d{6}Z-")
 
 _TEXT, _INT, _REAL, _FLAG = "string", "int32", "float64", "bool"
+_KINDS = {_INT: "i", _REAL: "f", _FLAG: "b"}  # as NumPy calls them
 
 RUN_IMAGES = {
     "path": _TEXT,
@@ -420,7 +421,13 @@ class Run(_Folder):
         return {**vars(self), "_lock": None}
 
     def begin(self) -> None:
-        """Write status `running`, as of a run that was never interrupted."""
+        """Write status `running`, as of a run that was never interrupted; clear what is half done.
+
+        Files that a killed process was writing bear names that nobody reads (`audit.files`).
+        """
+        for left in (found for found in self.path.rglob(".partial-*") if found.is_file()):
+            if "repairs" not in left.relative_to(self.path).parts:
+                left.unlink()
         self.info.pop("failure", None)
         self.write_info(status="running", finished_utc=None)
 
@@ -648,7 +655,10 @@ def _to_table(rows: Columns, schema: Mapping[str, str]) -> pa.Table:
     arrays = {}
     for name, kind in schema.items():
         values = columns.pop(name, [None] * length)
-        arrays[name] = pa.array(_plain(values), type=pa.type_for_alias(kind), from_pandas=True)
+        typed = pa.type_for_alias(kind)
+        # Arrays of the column's own kind as they are: lists of a million numbers take much memory.
+        alike = isinstance(values, np.ndarray) and values.dtype.kind == _KINDS.get(kind)
+        arrays[name] = pa.array(values if alike else _plain(values), typed, from_pandas=True)
     arrays |= {name: pa.array(_plain(values), from_pandas=True) for name, values in columns.items()}
     return pa.table(arrays)
 

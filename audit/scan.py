@@ -173,6 +173,7 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         fitting.run(lambda smaller: score_maps(smaller, findings))
     if not subject.team.leads:
         return
+    subject.team.dismiss_others()
     if not predictions.loaded.any():
         raise ImageError(
             f"none of the {len(folder.records)} images in {request.data} could be decoded"
@@ -236,7 +237,7 @@ class _Fitting:
 
 def _write_groups(run: Run, subject: Subject, predictions: Predictions) -> None:
     """Look at wrong images beside right ones; keep the groups that chance does not explain."""
-    step = subject.checkpoints.step("groups")
+    step = subject.checkpoints.step("groups", shared=False)
     if step.finished:
         return
     with console.progress("looking at wrong images", None) as bar:
@@ -298,7 +299,7 @@ def _try_repairs(
                 promising=order,
                 favored=favored,
                 on_steps=bar.advance,
-                checkpoint=subject.checkpoints.step(f"trials-{kind.kind}"),
+                checkpoint=subject.checkpoints.step(f"trials-{kind.kind}", shared=False),
             )
             found.append(trials)
     return found[0], found[1] if len(found) > 1 else [], judging
@@ -418,5 +419,7 @@ def _model_name(source: str) -> str:
 
 
 def _resuming_command(request: ScanRequest) -> list[str]:
+    if request.command:
+        return [*(word for word in request.command if word != "--resume"), "--resume"]
     where = [] if request.out == Path("runs") else ["--out", str(request.out)]
     return ["audit", "scan", request.model, "--data", str(request.data), *where, "--resume"]

@@ -19,6 +19,8 @@ import torch
 import audit.scan
 from audit.checkpoints import Checkpoint, Checkpoints
 from audit.errors import RunError, UsageError
+from audit.networks import open_network
+from audit.resuming import unfinished_scan
 from audit.runs import Run, list_runs, open_run
 from audit.scan import ScanConfig, ScanRequest, scan_model
 from tests.conftest import PROJECT
@@ -133,19 +135,23 @@ def test_the_newest_scan_of_the_stated_settings_goes_on(
     first = stop(shapes, tmp_path, replace(config, seed=1), monkeypatch)
     second = stop(shapes, tmp_path, replace(config, seed=2), monkeypatch)
 
-    def resume(config: ScanConfig, *stated: str) -> Run:
+    network = open_network(str(shapes.damaged))
+
+    def resumed(config: ScanConfig, *stated: str) -> tuple[Path, ScanConfig]:
         asked = request(shapes, tmp_path, resume=True, stated=frozenset(stated))
-        return scan_model(asked, config)
+        run, used, _ = unfinished_scan(network, config, asked)
+        run.release()
+        return run.path, used
 
     with pytest.raises(UsageError, match="was started with seed 2, not 3; leave it out to resume"):
-        resume(replace(config, seed=3), "seed")
-    older = resume(replace(config, seed=1), "seed")
-    assert (older.path, older.info["seed"]) == (first.path, 1)
-    newer = resume(ScanConfig())  # what is not stated is that of the scan
-    assert (newer.path, newer.info["seed"]) == (second.path, 2)
-    assert newer.info["config"]["limit"] == 24 and len(newer.images) == 24
+        resumed(replace(config, seed=3), "seed")
+    assert resumed(replace(config, seed=1), "seed") == (first.path, replace(config, seed=1))
+    # What is not stated is that of the scan.
+    assert resumed(ScanConfig()) == (second.path, replace(config, seed=2))
+    for run in (first, second):
+        run.finish()
     with pytest.raises(RunError, match="no unfinished scan of .* start one without --resume"):
-        resume(config)
+        resumed(config)
 
 
 def test_changed_images_are_not_mixed_with_earlier_numbers(
