@@ -29,6 +29,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from audit.files import read_json, write_json
 from benchmarks.results_file import configuration, print_table, write_results
 from tests.fuzzing import (
@@ -132,7 +134,7 @@ def _cases(family: str, count: int) -> list[Case]:
 
 def _run_family(family: str, cases: list[Case], folder: Path, verbose: bool) -> Iterator[Outcome]:
     """Yield the outcome of every case; a child that dies or hangs is replaced."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # torch is there at once
     waiting = list(cases)
     done = 0
     suspected: Case | None = None
@@ -187,6 +189,7 @@ def _work(
     family: str, cases: list[Case], folder: str, pipe: multiprocessing.connection.Connection
 ) -> None:
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # threads do not come along into a forked process
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)  # libraries below Python talk there
     try:

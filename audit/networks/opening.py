@@ -72,8 +72,9 @@ def open_network(
         NetworkError: the file, the architecture, the card and the classes do not make one network.
     """
     _check_device(device)
+    names = read_classes(classes) if classes is not None else ()  # before what takes long
     if not Path(source).exists() and source.partition(":")[0] in architectures.REGISTRIES:
-        return _from_registry(source, classes, device)
+        return _from_registry(source, names, classes, device)
     path = _model_file(source)
     found = find_card(path)
     card = read_card(found) if found is not None else None
@@ -91,7 +92,7 @@ def open_network(
             program, settings = _from_state(loaded, path, card, arch, device)
     return Network(
         program=program,
-        card=_with_classes(settings, classes, program.classes, source),
+        card=_with_classes(settings, names, classes, program.classes, source),
         source=source,
         sha256=sha256_file(path),
     )
@@ -158,7 +159,9 @@ def _model_file(source: str) -> Path:
     return path
 
 
-def _from_registry(source: str, classes: Path | None, device: str) -> Network:
+def _from_registry(
+    source: str, names: tuple[str, ...], classes: Path | None, device: str
+) -> Network:
     found = architectures.pretrained(source)
     registry, name = architectures.resolve(source)
     program = Program.capture(found.module, found.preprocessing.input_size, device=device)
@@ -170,7 +173,7 @@ def _from_registry(source: str, classes: Path | None, device: str) -> Network:
     )
     return Network(
         program=program,
-        card=_with_classes(card, classes, program.classes, source),
+        card=_with_classes(card, names, classes, program.classes, source),
         source=source,
         sha256=sha256_state(program.state),
     )
@@ -268,9 +271,11 @@ def _assumed_card(preprocessing: Preprocessing) -> ModelCard:
     )
 
 
-def _with_classes(card: ModelCard, file: Path | None, outputs: int, source: str) -> ModelCard:
+def _with_classes(
+    card: ModelCard, names: tuple[str, ...], file: Path | None, outputs: int, source: str
+) -> ModelCard:
     """Return the card with one name per output: from the file, the card, else the numbers."""
-    names = read_classes(file) if file is not None else card.classes
+    names = names or card.classes
     if names and len(names) != outputs:
         origin = str(file) if file is not None else "its card"
         raise NetworkError(
