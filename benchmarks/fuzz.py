@@ -203,16 +203,22 @@ def _work(
 
 
 def _runner(family: str, folder: Path) -> Callable[[Case], Outcome]:
-    seeds = folder / f"seeds-{family}"
-    seeds.mkdir(exist_ok=True)
+    # The run that others are mutated from is kept, too: it takes longest to make.
+    seeds = (PARTS if family == "runs" else folder) / f"fuzz-{family}-seeds"
+    seeds.mkdir(exist_ok=True, parents=True)
     made: Any
     if family == "models":
         made, make = model_seeds(seeds), model_case
     elif family == "images":
         made, make = image_seeds(), image_case
     else:
-        runs = sorted((seeds / "runs").glob("*")) if (seeds / "runs").is_dir() else []
-        made, make = (runs[0] if runs else run_seed(seeds)), run_case
+        if not (seeds / "finished").exists():
+            shutil.rmtree(seeds)
+            seeds.mkdir()
+            run_seed(seeds)
+            (seeds / "finished").touch()
+        runs = sorted((seeds / "runs").iterdir())
+        made, make = runs[0], run_case
 
     def run(case: Case) -> Outcome:
         _, kind, seed = case
@@ -392,6 +398,7 @@ def _report(outcomes: list[Outcome], wall: dict[str, float], *, write: bool) -> 
     )
     for path in PARTS.glob("fuzz-*.json"):
         path.unlink()
+    shutil.rmtree(PARTS / "fuzz-runs-seeds", ignore_errors=True)
     write_results("fuzz", summary=summary, config=config, rows=[*examples, *wrong])
 
 

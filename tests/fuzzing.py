@@ -300,7 +300,9 @@ def _mutated_state(state: dict[str, torch.Tensor], rng: random.Random, canary: P
         case 6:
             changed[name] = value.to_sparse()
         case 7:
-            changed[name] = torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # deprecated, and still in files
+                changed[name] = torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8)
         case 8:
             changed[name] = torch.empty(value.shape, device="meta")
         case 9:

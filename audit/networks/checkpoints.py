@@ -73,7 +73,11 @@ def read_pickled(
         check_unfolding(path, path)
     loaded: Any
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # what torch deprecates in a file is no news to its user
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers of damaged files raise of every kind
         if not _holds_objects(path, error):
             raise _damaged(path, error) from error
