@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from audit import console
+from audit.batches import BatchLimit
 from audit.blame import has_memory, promising
 from audit.checkpoints import Checkpoints
 from audit.environment import choose_device, peak_memory_mib
@@ -54,6 +56,7 @@ from audit.verdict import drift_origin, judge
 __all__ = ["ScanConfig", "ScanRequest", "scan_model"]
 
 GALLERY_IMAGES = 32
+T = TypeVar("T")
 
 
 class _Timings(dict[str, float]):
@@ -161,12 +164,13 @@ def scan_model(request: ScanRequest, config: ScanConfig, *, team: Team = ALONE) 
 
 def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timings) -> None:
     folder, labels = subject.folder, subject.labels
+    fitting = _Fitting(subject)
     findings = Findings.empty(len(folder.records))
     predictions = findings.predictions
     with timings.measure("evidence"):
-        evidence = observe(subject, findings)
+        evidence = fitting.run(lambda smaller: observe(smaller, findings))
     with timings.measure("cases"):
-        score_maps(subject, findings)
+        fitting.run(lambda smaller: score_maps(smaller, findings))
     if not subject.team.leads:
         return
     subject.team.dismiss_others()
@@ -175,9 +179,11 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
             f"none of the {len(folder.records)} images in {request.data} could be decoded"
         )
     with timings.measure("groups"):
-        _write_groups(run, subject, predictions)
+        fitting.run(lambda smaller: _write_groups(run, smaller, predictions))
     with timings.measure("trials"):
-        trials, channel_trials, held_out = _try_repairs(subject, evidence, predictions, labels)
+        trials, channel_trials, held_out = fitting.run(
+            lambda smaller: _try_repairs(smaller, evidence, predictions, labels)
+        )
     wrong = int((predictions.predicted[held_out] != labels[held_out]).sum())
     verdict = judge(
         trials,
@@ -187,7 +193,7 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         images=len(held_out),
     )
     with timings.measure("gallery"):
-        _write_gallery(run, subject, predictions, labels)
+        fitting.run(lambda smaller: _write_gallery(run, smaller, predictions, labels))
     accuracy = None
     if subject.shown is not None:
         accuracy = judge_maps(
@@ -203,6 +209,30 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         metrics=metrics_info(subject, findings),
         cases=case_info(subject, findings, accuracy),
     )
+
+
+class _Fitting:
+    """Runs the steps of a scan with batches that fit in memory; what one step learns, all keep.
+
+    A step that fails begins anew, from its last checkpoint. Processes of a team wait for each
+    other, so none of them may begin anew alone.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._limit = BatchLimit(subject.config.batch_size)
+
+    def run(self, step: Callable[[Subject], T]) -> T:
+        if not self._subject.team.alone:
+            return step(self._subject)
+        return self._limit.whole(lambda size: step(self._with_batches(size)))
+
+    def _with_batches(self, size: int) -> Subject:
+        config = self._subject.config
+        if size == config.batch_size:
+            return self._subject
+        trial = replace(config.trial, batch_size=min(config.trial.batch_size, size))
+        return replace(self._subject, config=replace(config, batch_size=size, trial=trial))
 
 
 def _write_groups(run: Run, subject: Subject, predictions: Predictions) -> None:
@@ -247,7 +277,8 @@ def _try_repairs(
     images = network.normalize(pixels)
     cut = len(learning)
     targets = torch.from_numpy(labels).to(device)
-    kinds = (config.trial,) if has_memory(evidence) else (config.trial, CHANNEL_TRIAL)
+    channels = replace(CHANNEL_TRIAL, batch_size=config.trial.batch_size)
+    kinds = (config.trial,) if has_memory(evidence) else (config.trial, channels)
     origin = drift_origin(evidence)
     favored = () if origin is None else (origin.layer.name,)
     order = promising(evidence)
