@@ -16,6 +16,7 @@ import repair.cli
 import repair.export
 from audit.networks import Network
 from audit.runs import RepairFolder, Run
+from repair.onnx_serving import Form
 
 MakeRun = Callable[..., Run]
 
@@ -133,8 +134,8 @@ def test_a_failing_export_exits_with_one(
     run, _ = finished_copy
     export = repair.export.onnx_model
 
-    def corrupting(network: Network, opset: int) -> onnx.ModelProto:
-        model = export(network, opset)
+    def corrupting(network: Network, form: Form) -> onnx.ModelProto:
+        model = export(network, form)
         model.graph.initializer[0].raw_data = bytes(len(model.graph.initializer[0].raw_data))
         return model
 
