@@ -2,15 +2,16 @@
 
 onnxruntime cannot differentiate, so the graph must already hold the gradient. This module walks the
 functional graph of a network backwards from the logits and applies one closed formula for each
-operation (the chain rule, by hand), made of operations that ONNX has: a convolution's is a transposed
-convolution, a rectifier's a mask, a pooled linear head's the weights of the class over the number of
-cells. `torch.autograd` is not used: what it calls has no counterpart in ONNX.
+operation (the chain rule, by hand), made of operations that ONNX has: a convolution's is a
+transposed convolution, a rectifier's a mask, a pooled linear head's the weights of the class over
+the number of cells. `torch.autograd` is not used: what it calls has no counterpart in ONNX.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -130,7 +131,8 @@ def _is_refused(node: fx.Node) -> bool:
     if node.target is aten.pad.default:
         return bool(arguments[2] != "constant")
     if node.target is aten.slice.Tensor:
-        return bool(arguments[4] != 1 or arguments[1] == 0)
+        whole = not arguments[2] and arguments[3] in (None, sys.maxsize)
+        return bool(arguments[4] != 1 or (arguments[1] == 0 and not whole))
     if node.target is aten.conv2d.padding:
         return arguments[4] == "same" and any(step != 1 for step in arguments[3])
     return False
@@ -200,6 +202,10 @@ def _relu(gradient: Tensor, _: Any, output: Tensor) -> dict[int, Any]:
 def _hardtanh(gradient: Tensor, inputs: tuple[Any, ...], _: Any) -> dict[int, Any]:
     images, low, high = inputs
     return {0: _where((images > low) & (images < high), gradient)}
+
+
+def _relu6(gradient: Tensor, inputs: tuple[Any, ...], _: Any) -> dict[int, Any]:
+    return _hardtanh(gradient, (inputs[0], 0, 6), None)
 
 
 def _leaky_relu(gradient: Tensor, inputs: tuple[Any, ...], _: Any) -> dict[int, Any]:
@@ -309,6 +315,11 @@ def _div(gradient: Tensor, inputs: tuple[Any, ...], output: Tensor) -> dict[int,
     }
 
 
+def _power(gradient: Tensor, inputs: tuple[Any, ...], _: Any) -> dict[int, Any]:
+    base, exponent = inputs
+    return {0: gradient * exponent * base ** (exponent - 1)}
+
+
 def _reshaped(gradient: Tensor, inputs: tuple[Any, ...], _: Any) -> dict[int, Any]:
     return {0: gradient.reshape(inputs[0].shape)}
 
@@ -344,6 +355,8 @@ def _split(parts: Any, inputs: tuple[Any, ...], output: Any) -> dict[int, Any]:
 
 def _slice(gradient: Tensor, inputs: tuple[Any, ...], _: Any) -> dict[int, Any]:
     images, axis, start, _end, _step = inputs
+    if axis == 0:  # the whole batch
+        return {0: gradient}
     size, start = images.shape[axis], start or 0
     start = start + size if start < 0 else min(start, size)
     before = torch.zeros_like(images.narrow(axis, 0, start))
@@ -402,6 +415,7 @@ _RULES: dict[Any, Rule] = {
     aten.layer_norm.default: _layer_norm,
     aten.relu.default: _relu,
     aten.hardtanh.default: _hardtanh,
+    aten.relu6.default: _relu6,
     aten.leaky_relu.default: _leaky_relu,
     aten.sigmoid.default: _sigmoid,
     aten.tanh.default: _tanh,
@@ -417,7 +431,9 @@ _RULES: dict[Any, Rule] = {
     aten.sub.Tensor: _sub,
     aten.mul.Tensor: _mul,
     aten.div.Tensor: _div,
+    aten.pow.Tensor_Scalar: _power,
     aten.view.default: _reshaped,
+    aten._unsafe_view.default: _reshaped,
     aten.reshape.default: _reshaped,
     aten.flatten.using_ints: _reshaped,
     aten.squeeze.dims: _reshaped,

@@ -43,7 +43,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
         inside = f"{value.name}_half"
         _rename(graph, value.name, inside)
         last.append(_cast(inside, value.name, TensorProto.FLOAT))
-    nodes = [*first, *graph.node, *last]
+    nodes = [*first, *(part for node in graph.node for part in _kept_single(node)), *last]
     del graph.node[:]
     graph.node.extend(nodes)
     return onnx.shape_inference.infer_shapes(half)
@@ -60,6 +60,20 @@ def _halve(tensor: onnx.TensorProto, owner: str) -> None:
             f"{largest:.0f}; leave --fp16 out"
         )
     tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), tensor.name))
+
+
+def _kept_single(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Return the node between casts where onnxruntime's CPU kernels have no half precision."""
+    if node.op_type != "ScatterElements":
+        return [node]
+    single = onnx.NodeProto()
+    single.CopyFrom(node)
+    before = []
+    for place in (0, 2):  # data and updates; between them stand the indices
+        single.input[place] = f"{node.name}_single_{place}"
+        before.append(_cast(node.input[place], single.input[place], TensorProto.FLOAT))
+    single.output[0] = f"{node.name}_single"
+    return [*before, single, _cast(single.output[0], node.output[0], TensorProto.FLOAT16)]
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:

@@ -212,10 +212,13 @@ def test_a_residual_network_with_batch_norm_is_repaired_and_exported(
     from audit.networks import architectures
 
     arch_args = {"num_classes": len(CLASSES)}
-    card = replace(card, arch="torchvision:resnet18", arch_args=arch_args)
+    card = replace(card, arch="timm:test_resnet", arch_args=arch_args)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = architectures.build("torchvision:resnet18", arch_args)
+        module = architectures.build("timm:test_resnet", arch_args)
+        for part in module.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):  # else the last of a block silences it
+                torch.nn.init.uniform_(part.weight, 0.5, 1.5)
     path = tmp_path / "residual.safetensors"
     save_file(module.state_dict(), path)
     write_card(card, path.with_suffix(".toml"))
@@ -223,7 +226,7 @@ def test_a_residual_network_with_batch_norm_is_repaired_and_exported(
     layer = "layer2.0.conv2"
     assert len(network.program.split(layer).crossing_shapes) == 2  # the shortcut passes it by
     run = write_run(tmp_path / "runs", photos, path, network, folder)
-    config = replace(CONFIG, epochs=1, controls=())
+    config = replace(CONFIG, epochs=1, controls=(), keep="last")
     repaired = repair_layer(run, config, RepairRequest(layer=layer))
     frozen = repaired.info["frozen"]
     assert frozen["identical"] == frozen["tensors"] == len(module.state_dict()) - 1
@@ -238,4 +241,14 @@ def test_a_residual_network_with_batch_norm_is_repaired_and_exported(
     assert set(frozen["changed"]) == {f"{layer}.weight", f"{norm}.weight", f"{norm}.bias"}
     exported = export_network(run, ExportRequest())
     assert exported.passed, exported.proof["reasons"]
-    assert f"{layer}.weight" in exported.proof["changed_initializers"]  # the norm is folded into it
+    # The norm is folded into the convolution, and its trained scale and shift with it.
+    explained = exported.proof["initializers"]["explained"]
+    assert set(explained) == {f"{layer}.weight", f"{layer}.weight_bias"}
+    assert all("with the batch norm behind it folded in" in text for text in explained.values())
+    module.load_state_dict(load_file(with_norm.weights), strict=False)
+    pixels = load_pixels(folder, range(9), network.card.preprocessing).pixels
+    session = onnxruntime.InferenceSession(exported.model, providers=["CPUExecutionProvider"])
+    (given,) = session.run(["logits"], {"images": network.normalize(pixels).numpy()})
+    with torch.no_grad():
+        expected = module.eval()((pixels / 255 - 0.5) / 0.25)
+    np.testing.assert_allclose(given, expected.numpy(), rtol=1e-4, atol=1e-5)
