@@ -66,14 +66,14 @@ def source_of_run(
     indices = positions(images, "test")
     facts: dict[str, Any] = {"run": run.name}
     if chosen is None:
-        facts["metrics"] = run.info.get("metrics") or {}
+        facts["metrics"] = _brief(run.info.get("metrics") or {})
         return ExportSource(
             network=scanned, folder=run.path, images=images, indices=indices, facts=facts
         )
     facts |= {
         "repair": chosen.name,
         "decision": chosen.decision,
-        "metrics": {when: chosen.info.get(when) for when in ("before", "after")},
+        "metrics": _brief({when: chosen.info.get(when) for when in ("before", "after")}),
         "weights_sha256": sha256_file(chosen.weights) if chosen.weights.is_file() else "",
     }
     return ExportSource(
@@ -143,6 +143,14 @@ def chosen_repair(run: Run, name: str | None) -> RepairFolder:
             "scanned model with --original"
         )
     return finished[0]
+
+
+def _brief(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics without those of single classes, of which there may be thousands."""
+    return {
+        when: {name: value for name, value in (found or {}).items() if name != "per_class"}
+        for when, found in metrics.items()
+    }
 
 
 def _repaired(network: Network, repair: RepairFolder) -> Network:
