@@ -5,11 +5,10 @@ The proof on held-out images would catch most of what they do; refusing them say
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-
-from packaging.version import Version
 
 from audit.errors import ExportError
 
@@ -59,8 +58,14 @@ def check_exporter(installed: Callable[[str], str] = version) -> None:
             raise ExportError(
                 f"{known.package} is not installed; install {known.package}>={known.fixed_in}"
             ) from None
-        if Version(found) < Version(known.fixed_in):
+        if _release(found) < _release(known.fixed_in):
             raise ExportError(
                 f"{known.package} {found} writes wrong ONNX files: {known.fault} "
                 f"({known.source}); install {known.package}>={known.fixed_in}"
             )
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """Return 2.13.0+cpu as (2, 13, 0)."""
+    found = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, found[0].split("."))) if found else ()
