@@ -1,9 +1,9 @@
 """What each operation does to a gradient that comes back through it, in operations that ONNX has.
 
 A convolution's rule is a transposed convolution, a rectifier's a mask, pooling's a matrix of shares
-on either side, maximum pooling's a scatter to the winners. `torch.autograd` is not used: what it calls
-(convolution_backward and its like) has no counterpart in ONNX. All rules are linear in the gradient
-and take what the forward pass gave; tests hold each against autograd in double precision.
+on either side, maximum pooling's a scatter to the winners. `torch.autograd` is not used: what it
+calls (convolution_backward and its like) has no counterpart in ONNX. All rules are linear in the
+gradient and take what the forward pass gave; tests hold each against autograd in double precision.
 """
 
 from __future__ import annotations
