@@ -88,13 +88,21 @@ def find_guidance(
     path = masks or (Path(recorded) if recorded else None)
     if path is not None:
         return _on_objects(path, folder, positions, preprocessing, size, on_image)
-    found = next((one for one in run.groups["groups"] if one.get("cells")), None)
+    found = _first_with_region(run)
     if found is None:
         raise RunError(
             "this loss must know where a map may lie, and the scan has neither masks nor an error "
             "group with a region; give masks of the objects with --masks DIR"
         )
     return _away_from(found, folder, positions, size)
+
+
+def names_region(run: Run, *, masks: Path | None = None, group: str | None = None) -> bool:
+    """Return whether `find_guidance` has something to go by: masks, or a group with a region."""
+    recorded = ((run.info.get("cases") or {}).get("masks") or {}).get("path")
+    if masks is not None or group is not None or recorded:
+        return True
+    return _first_with_region(run) is not None
 
 
 def object_masks_at(
@@ -186,6 +194,10 @@ def _away_from(
         f"the images of {group['id']}.",
         images=len(positions),
     )
+
+
+def _first_with_region(run: Run) -> Mapping[str, Any] | None:
+    return next((dict(one) for one in run.groups["groups"] if one.get("cells")), None)
 
 
 def _group(run: Run, identity: str) -> Mapping[str, Any]:
