@@ -219,6 +219,8 @@ def test_a_residual_network_with_batch_norm_is_repaired_and_exported(
         for part in module.modules():
             if isinstance(part, torch.nn.BatchNorm2d):  # else the last of a block silences it
                 torch.nn.init.uniform_(part.weight, 0.5, 1.5)
+                torch.nn.init.uniform_(part.running_mean, -0.5, 0.5)
+                torch.nn.init.uniform_(part.running_var, 0.5, 2)
     path = tmp_path / "residual.safetensors"
     save_file(module.state_dict(), path)
     write_card(card, path.with_suffix(".toml"))
