@@ -7,7 +7,8 @@ of its last convolution, and in half precision; each file is proven on 32 photog
 Speed is wall-clock and processor time of the same batch, onnxruntime and eager in turn, one thread.
 
 The script is not called `onnx.py`: run as a script, that would hide the package `onnx`. It writes
-`results/onnx.json`. Every finished network is written at once; the same command goes on.
+`results/onnx.json`. Every finished network is written at once; the same command goes on, also
+within a network.
 
     LAYERMEND_DATA=... python benchmarks/onnx_export.py [NETWORK ...] [--work local/onnx]
 """
@@ -33,9 +34,10 @@ from results_file import RESULTS, configuration, print_table, write_results
 from safetensors.torch import save_file
 from torch import nn
 
+from audit.files import read_json, write_json
 from audit.images import load_pixels, open_image_folder
 from audit.networks import ModelCard, Network, architectures, imagenet, open_network, write_card
-from repair.export import Exported, ExportRequest, export_checkpoint
+from repair.export import ExportRequest, export_checkpoint
 from repair.onnx_half import to_half
 from repair.onnx_proof import prove
 from repair.onnx_serving import Form
@@ -82,38 +84,49 @@ def row(name: str, data: Path, work: Path) -> dict[str, Any]:
     folder = (work / name).absolute()
     checkpoint = write_checkpoint(name, data, folder)
     network = open_network(str(checkpoint))
-    module = architectures.build(NETWORKS[name])
+    module = architectures.build(NETWORKS[name]).eval()
     module.load_state_dict(network.program.state, strict=False)
-    plain = exported(checkpoint, data, folder / "plain")
-    saliency = exported(checkpoint, data, folder / "saliency", saliency=True)
-    half = half_proof(network, data, plain.model)
+    plain = part(folder / "plain", lambda: exported(checkpoint, data, folder / "plain"))
+    saliency = part(
+        folder / "saliency", lambda: exported(checkpoint, data, folder / "saliency", saliency=True)
+    )
+    half = part(folder / "half", lambda: half_proof(network, data, Path(plain["model"])))
     found = {
         "network": name,
         "weights": "ImageNet" if name == "efficientnet_lite0" else "random",
-        "proof": plain.proof["status"],
-        "images": plain.proof["images"],
-        "top1_mismatches": len(plain.proof["top1_mismatches"]),
-        "max_abs_error": plain.proof["max_abs_error"],
-        "max_rel_error": plain.proof["max_rel_error"],
-        "mib": plain.proof["bytes"] / 2**20,
+        "proof": plain["status"],
+        "images": plain["images"],
+        "top1_mismatches": len(plain["top1_mismatches"]),
+        "max_abs_error": plain["max_abs_error"],
+        "max_rel_error": plain["max_rel_error"],
+        "mib": plain["bytes"] / 2**20,
         "state_mib": sum(v.numel() * v.element_size() for v in module.state_dict().values())
         / 2**20,
-        "providers": plain.proof["providers"],
-        "cuda": plain.proof["cuda"],
-        "map_layer": saliency.proof["form"]["map_layer"],
-        "saliency_proof": saliency.proof["status"],
-        "saliency_top1_mismatches": len(saliency.proof["top1_mismatches"]),
-        "map_max_abs_error": saliency.proof["map_max_abs_error"],
-        "map_max_rel_error": saliency.proof["map_max_rel_error"],
+        "providers": plain["providers"],
+        "cuda": plain["cuda"],
+        "map_layer": saliency["form"]["map_layer"],
+        "saliency_proof": saliency["status"],
+        "saliency_top1_mismatches": len(saliency["top1_mismatches"]),
+        "map_max_abs_error": saliency["map_max_abs_error"],
+        "map_max_rel_error": saliency["map_max_rel_error"],
         "half_proof": half["status"],
         "half_top1_mismatches": len(half["top1_mismatches"]),
         "half_max_rel_error": half["max_rel_error"],
-        "reasons": [*plain.proof["reasons"], *saliency.proof["reasons"], *half["reasons"]],
+        "reasons": [*plain["reasons"], *saliency["reasons"], *half["reasons"]],
     }
+    models = Path(plain["model"]), Path(saliency["model"])
     for size, repeats in BATCHES.items():
-        found |= timings(network, module.eval(), data, plain.model, saliency.model, size, repeats)
+        found |= timings(network, module, data, *models, size, repeats)
     shutil.rmtree(folder)
     return found
+
+
+def part(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return a part of a row, from the disk where an earlier run got that far."""
+    path = folder / "part.json"
+    if not path.is_file():
+        write_json(path, make())
+    return read_json(path)
 
 
 def chosen_photos(photos: Path, target: Path) -> Path:
@@ -162,12 +175,13 @@ def take_statistics(module: nn.Module, data: Path, card: ModelCard) -> None:
     module.eval()
 
 
-def exported(checkpoint: Path, data: Path, folder: Path, **form: Any) -> Exported:
+def exported(checkpoint: Path, data: Path, folder: Path, **form: Any) -> dict[str, Any]:
+    """Return an export's proof, with the place of its file under `model`."""
     folder.mkdir(parents=True, exist_ok=True)
     data = data.absolute()
     with chdir(folder):
         found = export_checkpoint(ExportRequest(checkpoint=str(checkpoint), data=data, **form))
-        return Exported(model=found.model.absolute(), proof=found.proof)
+        return {**found.proof, "model": str(found.model.absolute())}
 
 
 def half_proof(network: Network, data: Path, model: Path) -> dict[str, Any]:
