@@ -97,7 +97,11 @@ def expected_outputs(network: Network, pixels: torch.Tensor, form: Form) -> Expe
         )
         maps = by_layer[network.layer(form.map_layer).name].cpu().numpy()
     scores = logits if form.preprocess is None else logits.softmax(dim=1)
-    inputs = model_inputs(pixels, network.card.preprocessing, form)
+    inputs = (
+        normalized.cpu().numpy()
+        if form.preprocess is None
+        else model_inputs(pixels, network.card.preprocessing, form)
+    )
     return Expected(inputs=inputs, scores=scores.cpu().numpy(), maps=maps)
 
 

@@ -97,7 +97,7 @@ def served_program(network: Network, form: Form) -> ExportedProgram:
     module = _Served(network, program.run_decompositions({}), form)
     height, width = network.card.preprocessing.input_size
     shape = (2, height, width, 3) if form.preprocess == "nhwc" else (2, 3, height, width)
-    kind = torch.float32 if form.preprocess is None else torch.uint8
+    kind = network.program.dtype if form.preprocess is None else torch.uint8
     example = torch.zeros(shape, dtype=kind)  # two images: with one the batch would be fixed at 1
     with torch.no_grad():
         return torch.export.export(
@@ -126,7 +126,9 @@ class _Served(nn.Module):
             check_differentiable(self._nodes, self._place, self._logits)
         settings = network.card.preprocessing
         for name, values in (("mean", settings.mean), ("std", settings.std)):
-            self.register_buffer(f"pixel_{name}", torch.tensor(values).view(3, 1, 1))
+            self.register_buffer(
+                f"pixel_{name}", torch.tensor(values, dtype=network.program.dtype).view(3, 1, 1)
+            )
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         values = self._values(self._normalized(images))
@@ -144,7 +146,7 @@ class _Served(nn.Module):
             return images
         if self._form.preprocess == "nhwc":
             images = images.permute(0, 3, 1, 2)
-        return (images.to(torch.float32) / 255 - self.pixel_mean) / self.pixel_std
+        return (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
 
     def _values(self, images: Tensor) -> dict[fx.Node, Any]:
         values: dict[fx.Node, Any] = {self._images: images}
