@@ -296,16 +296,12 @@ class _Repair:
                 room,
                 earlier=earlier,
                 batch_size=self.config.batch_size,
-                with_images=self._with_images,
+                beside=self.config.beside,
                 on_skip=self.images.skip,
                 on_choice=note,
             )
         console.say(cache_line(self.layer.name, crossing))
         return crossing
-
-    @property
-    def _with_images(self) -> tuple[str, ...]:
-        return ("train",) if self.config.needs_images else ()
 
     @property
     def _cache_path(self) -> Path:
@@ -429,7 +425,7 @@ class _Repair:
                 choose_room(self.request.cache_gib, self.request.cache_disk_gib, folder),
                 earlier=recorded.get(plan.name),
                 batch_size=self.config.batch_size,
-                with_images=self._with_images if plan.loss != "ce" else (),
+                beside=self.config.beside if plan.loss != "ce" else {},
                 on_skip=self.images.skip,
             )
         if self.team.leads:
