@@ -445,10 +445,15 @@ class _Rectifier:
         if self.guided:
             # At zero the derivative of the clip is one, as torch has it for a clamp.
             gates[self.node] = active = active & (gradients >= 0)
-        return (gradients * active,)
+        return (gradients * _zero_or_one(active),)
 
     def push(self, tangents: Sequence[Tensor], gates: Mapping[fx.Node, Tensor]) -> Tensor:
-        return tangents[0] * gates[self.node]
+        return tangents[0] * _zero_or_one(gates[self.node])
+
+
+def _zero_or_one(active: Tensor) -> Tensor:
+    # Twice as fast to multiply by on a CPU as a bool.
+    return active.view(torch.uint8)
 
 
 def _rectifier(node: fx.Node, sources: tuple[fx.Node, ...]) -> _Rectifier:
@@ -546,14 +551,21 @@ class _ActiveBits:
     def pack(self, value: Tensor) -> Tensor:
         active = ((value > self._step.low) & (value < self._step.high)).flatten(1)
         padded = F.pad(active, (0, self.bytes * _BITS - self._count))
-        places = 2 ** torch.arange(_BITS, device=value.device, dtype=torch.uint8)
+        places = _places(value.device)
         bits = padded.view(len(value), self.bytes, _BITS) * places
         return bits.sum(dim=2, dtype=torch.uint8)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        places = 2 ** torch.arange(_BITS, device=packed.device, dtype=torch.uint8)
-        bits = (packed.unsqueeze(2) & places).bool().flatten(1)
-        return bits[:, : self._count].reshape(len(packed), *_size(self.node))
+        every = torch.arange(2**_BITS, dtype=torch.uint8, device=packed.device)
+        # The eight bools of each byte lie in one int64: one look-up a byte.
+        table = (every.unsqueeze(1) & _places(packed.device)).bool().view(torch.int64).flatten()
+        bits = table.index_select(0, packed.flatten().int()).view(torch.bool)
+        opened = bits.view(len(packed), self.bytes * _BITS)[:, : self._count]
+        return opened.reshape(len(packed), *_size(self.node))
+
+
+def _places(device: torch.device) -> Tensor:
+    return 2 ** torch.arange(_BITS, dtype=torch.uint8, device=device)
 
 
 class _WindowPositions:
