@@ -591,10 +591,11 @@ class _WindowPositions:
         step = self._step
         _, _, width = _size(step.sources[0])
         rows, columns = step.corners(packed.device)
-        inside = packed.to(torch.int64).view(len(packed), *_size(self.node))
-        row = rows + inside // step.kernel[1] * step.dilation[0]
-        column = columns + inside % step.kernel[1] * step.dilation[1]
-        return (row * width + column).flatten(2)
+        place = torch.arange(math.prod(step.kernel), device=packed.device)
+        down, across = place // step.kernel[1], place % step.kernel[1]
+        table = down * (step.dilation[0] * width) + across * step.dilation[1]
+        inside = table.index_select(0, packed.flatten().int()).view(len(packed), *_size(self.node))
+        return (inside + (rows * width + columns)).flatten(2)
 
 
 def _has_gate(step: _Step) -> bool:
