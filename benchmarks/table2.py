@@ -71,11 +71,11 @@ RATES = (0.01, 0.1, 0.3)
 LAMBDAS = (0.9, 0.7, 0.5)
 SEEDS = (0, 1, 2)
 SALIENCIES: tuple[Saliency, ...] = ("gradcam", "guided-gradcam")
-PHOTOS = 300
-EPOCHS = 8
+PHOTOS = 200
+EPOCHS = 5
 NETWORK_SEED = 0
 COMPOSITES: dict[Split, int] = {"train": 2000, "val": 500, "test": 500}
-COMPOSITE_EPOCHS = 12
+COMPOSITE_EPOCHS = 10
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 BASE = RepairConfig(loss="trust", scale="classes", controls=())
 PAPER = {  # VGG-16 on ImageNet, in %: accuracy, precision, recall before and at the best point
