@@ -358,7 +358,7 @@ def _report(name: str, options: argparse.Namespace, rows: Sequence[Mapping[str, 
                 one[-1]["paper_accuracy"], one[-1]["paper_ssim"] = PAPER.get(label, (None, None))
         print_table(
             f"{photos} photographs of {side} px; means over the seeds",
-            [{key: row[key] for key in row if key not in ("size", "photos")} for row in one],
+            [_shown(row) for row in one],
         )
         tables += one
     summary = {_flat(table): table["accuracy"] for table in tables}
@@ -375,6 +375,24 @@ def _report(name: str, options: argparse.Namespace, rows: Sequence[Mapping[str, 
         photographs_of_guided_maps=MAPPED,
     )
     print(write_results(name, summary=summary, config=config, rows=[*tables, *rows]))
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is printed of a row: figures in per cent, each with its interval."""
+
+    def interval(name: str) -> str:
+        value, low, high = (100 * row[name + end] for end in ("", "_low", "_high"))
+        return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+    names = ("accuracy", "precision", "recall", "difference")
+    others = ("fixed", "broken", "p_value", "ssim", "ssim_guided", "mean_saliency", "diverged")
+    paper = ("paper_accuracy", "paper_ssim")
+    return {
+        "row": row["row"],
+        **{name: interval(name) for name in names},
+        **{name: row[name] for name in (*others, *paper)},
+        "seconds": row["seconds"],
+    }
 
 
 def _means(own: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
