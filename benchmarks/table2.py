@@ -100,7 +100,8 @@ class Task:
 
     def scores(self, network: Network, positions: Sequence[int]) -> MapScores:
         """Return the scores of the layer's maps in a network, by proxy and by masks if any."""
-        return score_maps(network, self.layer, self.folder, positions, self.masks)
+        layer = network.layer(self.layer).name  # it may be an alias
+        return score_maps(network, layer, self.folder, positions, self.masks)
 
     def scores_before(self, positions: Sequence[int]) -> MapScores:
         """Return those of the network before; they are the same for every repair."""

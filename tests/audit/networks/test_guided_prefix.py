@@ -88,6 +88,25 @@ def test_maps_from_gates_and_their_gradients_are_those_of_the_whole_network(name
     assert lit >= 2
 
 
+def test_gates_serve_mixed_precision() -> None:
+    split = Program.capture(network("depthwise"), SIZE).split("project")
+    given, targets = images(4), labels(4)
+    assert split.guided_prefix is not None
+    gates = split.guided_prefix.gates(given)
+    found = []
+    for amp in (False, True):
+        leaves = {name: value.clone().requires_grad_() for name, value in split.parameters.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            maps, _ = trainable_guided_maps(
+                split, None, split.prefix(given), leaves, targets, gates=gates
+            )
+        gradients = torch.autograd.grad(maps.float().square().sum(), leaves["project.weight"])
+        found.append(gradients[0])
+    exact, mixed = found
+    assert not torch.equal(exact, mixed)
+    torch.testing.assert_close(mixed, exact, rtol=0, atol=0.1 * float(exact.abs().max()))
+
+
 def test_gates_take_a_bit_a_rectifier_and_a_byte_a_pooled_position() -> None:
     program = captured("plain")
     prefix = program.split("conv2").guided_prefix
