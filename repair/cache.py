@@ -31,6 +31,7 @@ from audit.images import ImageFolder, iterate_batches
 if TYPE_CHECKING:
     from audit.networks import Network, Split
     from audit.networks.guided_prefix import GuidedPrefix
+    from repair.counterfactuals import Counterfactuals
 
 CacheKind = Literal["memory", "disk", "recompute"]
 Beside = Literal["images", "gates"]
@@ -101,6 +102,7 @@ def cross_tensors(
     kind: CacheKind | None = None,
     batch_size: int = 32,
     beside: Beside | None = None,
+    counterfactuals: Counterfactuals | None = None,
     on_skip: Callable[[int, str], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> MemoryCache | DiskCache | RecomputedPrefix:
@@ -119,6 +121,7 @@ def cross_tensors(
         batch_size: Images that will be asked for at a time.
         beside: Keep the normalized images too, or the prefix's gates for guided gradients (the
             images where an operation of the prefix has no rule there).
+        counterfactuals: Makes of each image what takes its place.
         on_skip: Called with position and reason for each image that cannot be decoded.
         on_batch: Called with the number of images of each batch that was computed.
     """
@@ -128,6 +131,7 @@ def cross_tensors(
         folder=folder,
         pass_size=min(max(batch_size, _SMALLEST_PASS), _LARGEST_PASS),
         beside=_beside(beside, split),
+        counterfactuals=counterfactuals,
         on_skip=on_skip,
     )
     if kind is None:
@@ -180,6 +184,7 @@ class _Source:
     pass_size: int
     on_skip: Callable[[int, str], None] | None
     beside: Beside | None = None
+    counterfactuals: Counterfactuals | None = None
 
     def bytes(self, images: int) -> int:
         """Return the memory that so many images take."""
@@ -229,6 +234,8 @@ class _Source:
             batch_size=self.pass_size,
             on_skip=self.on_skip,
         ):
+            if self.counterfactuals is not None:
+                batch = self.counterfactuals(batch)
             count = len(batch.indices)
             images = network.normalize(_filled_up(batch.pixels, self.pass_size))
             computed = list(self.split.prefix(images))
@@ -256,6 +263,7 @@ class _Source:
             "run_with": [torch.__version__, str(program.dtype), program.device.type],
             "pass_size": self.pass_size,
             "beside": self.beside,
+            "counterfactuals": self.counterfactuals.fingerprint if self.counterfactuals else None,
             "images": images,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
