@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +26,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.export.passes import move_to_device_pass
 
 from audit.errors import NetworkError
+from audit.networks.frozen_operations import convolution, frozen_batch_norm
+from audit.networks.guided_prefix import GuidedPrefix
 from audit.networks.layers import Layer, LayerKind, find_layer, with_aliases
 
 __all__ = ["BatchNorm", "Call", "Program", "Split"]
@@ -308,7 +311,7 @@ class Program:
         for at, node in enumerate(self._nodes[: end + 1]):
             if node in wanted:
                 with torch.no_grad():  # not around the yield: it would reach into the caller
-                    values[node] = self._evaluate(node, values, images)
+                    values[node] = self.evaluate(node, values, images)
             for split in ready.get(at, ()):
                 yield split.layer.name, tuple(values[n] for n in split.crossing_nodes)
             for gone in expiring.get(at, ()):
@@ -461,7 +464,17 @@ class Program:
             )
         return self._compiled[key]
 
-    def _evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any], images: Tensor) -> Any:
+    # ---------------------------------------------------------------- node by node
+
+    @property
+    def images_node(self) -> fx.Node:
+        return self._images
+
+    def depends_on_images(self, node: fx.Node) -> bool:
+        return node in self._image_dependent
+
+    def evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any], images: Tensor | None) -> Any:
+        """Return the value of one node from those of the nodes that it takes."""
         if node is self._images:
             return images
         if node.op == "placeholder":
@@ -510,6 +523,13 @@ class Split:
         )
         with torch.no_grad():
             return compiled((images,), self._program.state, None)
+
+    @cached_property
+    def guided_prefix(self) -> GuidedPrefix | None:
+        """How guided gradients pass the prefix; None where an operation in it has no rule."""
+        needed = _ancestors(self.crossing_nodes, stops=[self._program.images_node])
+        order = [node for node in self._program._nodes if node in needed]
+        return GuidedPrefix.build(self._program, order, self.crossing_nodes)
 
     def suffix(
         self, crossing: Sequence[Tensor], parameters: Mapping[str, Tensor] | None = None
@@ -841,7 +861,7 @@ def _tracked(activations: Tensor) -> Tensor:
     return activations.detach().requires_grad_()
 
 
-def _frozen_batch_norm(
+def _batch_norm(
     activations: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -851,7 +871,7 @@ def _frozen_batch_norm(
     eps: float,
 ) -> tuple[Tensor]:
     # The functional form that export leaves behind has no fast double backward of its own.
-    return (F.batch_norm(activations, mean, variance, weight, bias, False, momentum, eps),)
+    return (frozen_batch_norm(activations, weight, bias, mean, variance, momentum, eps),)
 
 
 def _reshape(activations: Tensor, size: Sequence[int]) -> Tensor:
@@ -860,7 +880,8 @@ def _reshape(activations: Tensor, size: Sequence[int]) -> Tensor:
 
 
 _REWRITES: dict[Any, Callable[..., Any]] = {
-    _BATCH_NORM: _frozen_batch_norm,
+    _BATCH_NORM: _batch_norm,
+    aten.conv2d.default: convolution,
     aten.view.default: _reshape,
 }
 
@@ -898,8 +919,13 @@ def _guided_hardtanh(inputs: Tensor, low: float = -1.0, high: float = 1.0) -> Te
     return cast(Tensor, _GUIDED_RECTIFIER(inputs, high))
 
 
+def _guided_relu6(inputs: Tensor) -> Tensor:
+    return cast(Tensor, _GUIDED_RECTIFIER(inputs, 6.0))
+
+
 _GUIDED: dict[Any, Callable[..., Any]] = {
     aten.relu.default: _guided_relu,
+    aten.relu6.default: _guided_relu6,
     aten.hardtanh.default: _guided_hardtanh,
 }
 
