@@ -54,11 +54,10 @@ def naive_trials(
     config: TrialConfig,
     *,
     seed: int,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return the held-out cross entropies (N,) before, and by layer those after each round,
-    (rounds, N), when all layers take all steps, each from the first layer on."""
+) -> dict[str, np.ndarray]:
+    """Return each layer's held-out cross entropies after every round, (rounds, N), when all
+    layers take all steps, each from the first layer on."""
     halves = np.random.default_rng(seed).permutation(len(held_out_labels)) % 2
-    before = _entropies(program, held_out_images, held_out_labels)
     found = {}
     for layer in program.layers:
         split = program.split(layer.name)
@@ -85,7 +84,7 @@ def naive_trials(
         ]
         first, second = (np.stack(after[size]) for size in chosen)
         found[layer.name] = np.where(halves == 0, first, second)
-    return before, found
+    return found
 
 
 @torch.no_grad()

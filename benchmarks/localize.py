@@ -60,6 +60,8 @@ TRIAL = TrialConfig()
 BUDGETS_S = {"efficientnet": 75.0}  # on one core; the small networks need none
 ONE_STEP = TrialConfig(rounds=(1,))
 
+TrialImages = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -75,6 +77,7 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=10, help="healthy draws of each network")
     parser.add_argument("--unmarked", action="store_true", help="healthy draws without marks")
+    parser.add_argument("--naive", type=int, default=SPEED_FAULTS, help="faults also tried naively")
     parser.add_argument("--tuning", action="store_true", help="on the seeds for tuning")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -168,22 +171,26 @@ def _repair(name: str, options: argparse.Namespace) -> None:
 
 
 def _speed(name: str, options: argparse.Namespace) -> None:
-    """Time the trials against the same ones made naively, and compare what they choose.
+    """Compare trials by rounds with trials that drop no layer, and with naive ones.
 
-    Seconds are the process's own on its one thread, so that other work does not count. The naive
-    choice is the layer whose trial leaves least; a choice of another layer is a tie where the
-    bootstrap of what the naive choice's trial removes of the other's error includes none.
+    Those that drop none choose as naive ones do (`tests/audit/test_trials.py` compares each with a
+    plain loop), so that the naive ones, which take longest, are only made of the first `--naive`
+    faults from each seed on. The choice is the layer whose trial leaves least; another one is a tie
+    where the bootstrap of what the right one's trial removes of the other's error includes nothing.
+    Seconds are the process's own on its one thread, so that other work does not count.
     """
     kept = options.work / "speed.jsonl"
     done = {row["id"] for row in _read(kept)}
     where = faults.scene(name, options.work)
     for first_seed in SPEED_SEEDS:
-        for identity, kind, seed, fault in islice(_taken(where, first_seed), SPEED_FAULTS):
+        chosen = islice(_taken(where, first_seed), SPEED_FAULTS)
+        for at, (identity, kind, seed, fault) in enumerate(chosen):
             if identity not in done:
                 program = where.program.with_state(fault.state)
                 given = _trial_images(program, where, kind, seed)
                 found = {"id": identity, "network": name, "planted": fault.layer}
-                _append(kept, found | _compared(program, given, seed))
+                found |= _compared(program, given, seed, naively=at < options.naive)
+                _append(kept, found)
 
 
 def _taken(where: faults.Scene, first_seed: int) -> Iterator[tuple[str, str, int, faults.Fault]]:
@@ -198,34 +205,50 @@ def _taken(where: faults.Scene, first_seed: int) -> Iterator[tuple[str, str, int
                 break
 
 
-def _compared(program: Program, given: tuple[torch.Tensor, ...], seed: int) -> dict[str, Any]:
+def _compared(program: Program, given: TrialImages, seed: int, *, naively: bool) -> dict[str, Any]:
     images, labels, held_out, held_out_labels = given
-    started = time.process_time()
-    own = trial_repairs(
-        program, images, labels, held_out, held_out_labels, program.layers, TRIAL, seed=seed
-    )
-    own_s = time.process_time() - started
-    started = time.process_time()
-    before, after = full_repairs.naive_trials(
-        program, images, labels, held_out, held_out_labels, TRIAL, seed=seed
-    )
-    naive_s = time.process_time() - started
-    left = {name: values[-1] for name, values in after.items()}
-    chosen, best = ranking(own)[0].layer.name, min(left, key=lambda name: left[name].sum())
+    found: list[list[TrialRepair]] = []
+    seconds: list[float] = []
+    for config in (TRIAL, replace(TRIAL, keep=1.0)):
+        started = time.process_time()
+        found.append(
+            trial_repairs(
+                program,
+                images,
+                labels,
+                held_out,
+                held_out_labels,
+                program.layers,
+                config,
+                seed=seed,
+            )
+        )
+        seconds.append(round(time.process_time() - started, 2))
+    own, whole = found
+    chosen, best = (ranking(trials)[0].layer.name for trials in found)
+    left = {trial.layer.name: trial.cross_entropies_after for trial in whole}
     lead = error_share_removed(left[chosen], left[best], seed=seed)
-    in_last = {trial.layer.name for trial in own if trial.steps == TRIAL.rounds[-1]}
-    return {
-        "layers": len(after),
+    row = {
+        "layers": len(whole),
         "chosen": chosen,
-        "naive_choice": best,
+        "choice_of_all": best,
         "same_choice": chosen == best,
         "tied": chosen != best and lead.low <= 0,
-        "naive_choice_in_last_round": best in in_last,
-        "gain_lost": round(float((left[chosen] - left[best]).sum() / before.sum()), 4),
+        "in_last_round": best in {t.layer.name for t in own if t.steps == TRIAL.rounds[-1]},
+        "gain_lost": round(
+            float((left[chosen] - left[best]).sum() / whole[0].cross_entropies_before.sum()), 4
+        ),
         "lead": [round(value, 4) for value in (lead.value, lead.low, lead.high)],
-        "ours_s": round(own_s, 2),
-        "naive_s": round(naive_s, 2),
+        "gains": {t.layer.name: [round(gain, 4) for gain in t.gains] for t in whole},
+        "ours_s": seconds[0],
+        "all_s": seconds[1],
     }
+    if naively:
+        started = time.process_time()
+        after = full_repairs.naive_trials(program, *given, TRIAL, seed=seed)
+        row["naive_s"] = round(time.process_time() - started, 2)
+        row["naive_choice"] = min(after, key=lambda name: float(after[name][-1].sum()))
+    return row
 
 
 # ----------------------------------------------------------------------------------- one row
@@ -256,9 +279,7 @@ def _drawn(where: faults.Scene, kind: str, seed: int) -> faults.Pool:
     return pool.rows(torch.from_numpy(order))
 
 
-def _trial_images(
-    program: Program, where: faults.Scene, kind: str, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _trial_images(program: Program, where: faults.Scene, kind: str, seed: int) -> TrialImages:
     """Return learning images with labels and held-out ones, wrong ones shared as a scan does."""
     scanned = _drawn(where, kind, seed)
     with torch.no_grad():
