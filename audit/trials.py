@@ -330,7 +330,7 @@ class _Trial:
         self._split, self._config, self._halves = split, config, halves
         self._runs: dict[float, _Run] = {}
         self._chosen: tuple[float, float] = (math.nan, math.nan)  # by half
-        self._after = _Judged(np.empty(0), np.empty(0, dtype=bool))
+        self._judged: dict[float, _Judged] = {}
         self._errors: list[float] = []
 
     def advance(
@@ -349,16 +349,21 @@ class _Trial:
         for run in self._runs.values():
             while run.steps < steps:
                 run.step(self._gradients(run, crossing, labels))
+        self._judged = {
+            size: self._judge(run, held_out, held_out_labels, self._judges(size))
+            for size, run in self._runs.items()
+        }
         self.steps = steps
-        self._judge(held_out, held_out_labels)
-        self.error = float(self._after.cross_entropies.sum())
+        if before == 0:
+            self._choose()
+        self.error = float(self._after().cross_entropies.sum())
         self._errors.append(self.error)
         # The first round tries every step size; its seconds are an upper bound for later ones.
         self.seconds_a_step = (time.perf_counter() - started_s) / (steps - before)
 
     def repair(self, before: _Judged, seed: int) -> TrialRepair:
         """Return what the trial has come to."""
-        after = self._after
+        after = self._after()
         total = float(before.cross_entropies.sum())
         broken = float((before.right & ~after.right).sum() / max(int(before.right.sum()), 1))
         return TrialRepair(
@@ -380,42 +385,25 @@ class _Trial:
         for run in self._runs.values():
             run.step(gradients)
 
-    def _judge(self, held_out: Sequence[Tensor], labels: Tensor) -> None:
-        """Judge each half of the held-out images at the size that the other half chose.
-
-        The first time every size is judged by all images, so that there is a choice; from then on
-        a size is judged by the half that it is there for.
-        """
-        everything = np.arange(len(labels))
-        if math.isnan(self._chosen[0]):
-            judged = {
-                size: self._judged(run, held_out, labels, everything)
-                for size, run in self._runs.items()
-            }
-            self._choose({size: one.cross_entropies for size, one in judged.items()})
-        else:
-            judged = {}
-            for size, run in self._runs.items():
-                judges = everything[np.array(self._chosen)[self._halves] == size]
-                judged[size] = self._judged(run, held_out, labels, judges)
-        first, second = (judged[size] for size in self._chosen)
-        in_first = self._halves == 0
-        self._after = _Judged(
-            np.where(in_first, first.cross_entropies, second.cross_entropies),
-            np.where(in_first, first.right, second.right),
-        )
-
-    def _choose(self, judged: Mapping[float, np.ndarray]) -> None:
-        """Choose a size for each half by what the other half says, and let the others go."""
+    def _choose(self) -> None:
+        """Let each half of the held-out images be judged at the size that the other half chose."""
         best = []
         for half in (0, 1):
             choosers = self._halves != half
             if not choosers.any():  # a single held-out image chooses for itself
                 choosers = ~choosers
-            errors = {size: float(values[choosers].sum()) for size, values in judged.items()}
+            errors = {s: float(j.cross_entropies[choosers].sum()) for s, j in self._judged.items()}
             best.append(min(errors, key=lambda size: errors[size]))
         self._chosen = (best[0], best[1])
         self._runs = {size: run for size, run in self._runs.items() if size in best}
+
+    def _after(self) -> _Judged:
+        first, second = (self._judged[size] for size in self._chosen)
+        in_first = self._halves == 0
+        return _Judged(
+            np.where(in_first, first.cross_entropies, second.cross_entropies),
+            np.where(in_first, first.right, second.right),
+        )
 
     def _gradients(self, run: _Run, crossing: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
         """Return the gradient of the mean cross entropy of all trial images."""
@@ -430,25 +418,31 @@ class _Trial:
                 total += gradient
         return sums
 
-    def _judged(
-        self, run: _Run, held_out: Sequence[Tensor], labels: Tensor, rows: np.ndarray
+    def _judges(self, size: float) -> np.ndarray:
+        """Return the held-out images that judge a size: all, until they have made their choice;
+        from then on those for which it was chosen."""
+        if math.isnan(self._chosen[0]):
+            return np.arange(len(self._halves))
+        return np.flatnonzero(np.array(self._chosen)[self._halves] == size)
+
+    def _judge(
+        self, run: _Run, held_out: Sequence[Tensor], labels: Tensor, judges: np.ndarray
     ) -> _Judged:
         """Return what the held-out images in these rows come to; the others have NaN."""
-        some = len(rows) < len(labels)
-        chosen = torch.from_numpy(rows).to(labels.device)
-        taken = [tensor[chosen] for tensor in held_out] if some else held_out
+        rows = torch.from_numpy(judges).to(labels.device)
+        if len(rows) < len(labels):
+            held_out = [tensor[rows] for tensor in held_out]
         with torch.no_grad():
             parameters = run.parameters(run.leaves)
             logits = torch.cat(
                 [
-                    self._split.folded_suffix([tensor[part] for tensor in taken], parameters)
+                    self._split.folded_suffix([tensor[part] for tensor in held_out], parameters)
                     for part in _parts(len(rows), self._config.batch_size)
                 ]
             )
-        judged = _judge_logits(logits, labels[chosen])
-        cross_entropies = np.full(len(labels), np.nan)
-        right = np.zeros(len(labels), dtype=bool)
-        cross_entropies[rows], right[rows] = judged.cross_entropies, judged.right
+        judged = _judge_logits(logits, labels[rows])
+        cross_entropies, right = np.full(len(labels), np.nan), np.zeros(len(labels), dtype=bool)
+        cross_entropies[judges], right[judges] = judged.cross_entropies, judged.right
         return _Judged(cross_entropies, right)
 
 
