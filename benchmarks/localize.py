@@ -120,7 +120,7 @@ def _plant(name: str, options: argparse.Namespace) -> None:
                     "id": identity,
                     "planted_s": planted_s,
                     **_described(where, kind, seed, fault),
-                    **_scanned(where.program.with_state(fault.state), where, kind, seed, fault),
+                    **scan_result(where.program.with_state(fault.state), where, kind, seed, fault),
                 }
                 _append(options.rows, done[identity])
             if done[identity]["took"]:
@@ -149,7 +149,7 @@ def _healthy(name: str, options: argparse.Namespace) -> None:
             if identity not in done:
                 row = {"id": identity, "network": name, "kind": kind, "seed": seed}
                 row |= {"took": False, "planted": None, "training_seed": training_seed}
-                _append(options.rows, row | _scanned(where.program, where, kind, seed, None))
+                _append(options.rows, row | scan_result(where.program, where, kind, seed, None))
 
 
 def _repair(name: str, options: argparse.Namespace) -> None:
@@ -294,7 +294,7 @@ def _trial_images(program: Program, where: faults.Scene, kind: str, seed: int) -
     return one.images, one.labels, other.images, other.labels
 
 
-def _scanned(
+def scan_result(
     program: Program, where: faults.Scene, kind: str, seed: int, fault: faults.Fault | None
 ) -> dict[str, Any]:
     """Return what a scan finds; of a fault that took, every score's rank of its layer too."""

@@ -12,7 +12,9 @@ and to judge by share none; the cut-outs are the same (with unseen ones, 160 of 
 little: 62 and 73 % were right).
 
 Photos to repair with are ``balanced`` (the shortcut is right as often as wrong) or ``biased`` (it
-is right for 95 of 100).
+is right for 95 of 100). The networks for cats and dogs have not learned from these photos: what a
+network knows by heart teaches it nothing. Each photo has a counterfactual beside it, made as
+`repair layer` makes them (`repair.counterfactuals`).
 """
 
 from __future__ import annotations
@@ -25,17 +27,19 @@ from typing import Literal
 
 import cats_dogs
 import faults
+import localize
 import numpy as np
 import safetensors.torch
 import small_networks
 import torch
 import torch.nn.functional as F
-from faults import Pool
+from faults import Pool, Scene
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from audit.networks.program import Program
 from audit.regions import REGIONS
+from repair.counterfactuals import draw_donors, without_object
 from repair.guidance import outside_cells
 
 Regime = Literal["balanced", "biased"]
@@ -63,11 +67,15 @@ class Lessons:
         train: Photos.
         validation: Photos of the same regime.
         allowed: Where the maps of the training photos may lie, (N, h, w) in [0, 1].
+        train_changed: Their counterfactuals.
+        validation_changed: Those of the validation photos.
     """
 
     train: Pool
     validation: Pool
     allowed: Tensor
+    train_changed: Pool
+    validation_changed: Pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +86,7 @@ class Case:
         healthy: The network before.
         faulty: The network with the shortcut.
         planted: The layer that learned it.
-        flagged: The layer that `audit scan` blames first; None where it was not asked.
+        flagged: The layer that `audit scan` blames first.
         conflicting: Photos on which the shortcut is wrong, or says nothing.
         unaffected: Photos that it does not touch, or on which it is right.
     """
@@ -89,7 +97,7 @@ class Case:
     healthy: Program
     faulty: Program
     planted: str
-    flagged: str | None
+    flagged: str
     conflicting: Pool
     unaffected: Pool
 
@@ -143,7 +151,7 @@ def lessons(case: Case, regime: Regime, seed: int, work: Path) -> Lessons:
         pool = pool.rows(order)
         train = 3 * len(order) // 4
     else:
-        chosen = cats_dogs.photos("train", (TRAIN + VALIDATION) // 2, seed=100 + seed)
+        chosen = cats_dogs.photos("val", (TRAIN + VALIDATION) // 2, seed=100 + seed)
         pool = Pool(
             images=small_networks.load_photos(chosen, SIDE), labels=cats_dogs.labels_of(chosen)
         )
@@ -157,10 +165,28 @@ def lessons(case: Case, regime: Regime, seed: int, work: Path) -> Lessons:
     images[lit] = faults.marked(pool.images[lit], case.kind)
     region = next(one for one in REGIONS if one.name == REGION[case.kind])
     allowed = outside_cells(region.cell_boxes, (images.shape[-2], images.shape[-1]))
+    whole = Pool(images=images, labels=pool.labels)
+    return _lessons(whole, allowed.expand(len(images), -1, -1), train, seed, hide_objects=False)
+
+
+def _lessons(whole: Pool, allowed: Tensor, train: int, seed: int, *, hide_objects: bool) -> Lessons:
+    """Return the first photos to learn from and the others to validate, with counterfactuals."""
+    changed = whole.images.clone()
+    for number, part in enumerate((range(train), range(train, len(changed)))):
+        donors = draw_donors(list(part), allowed, seed=2 * seed + number)
+        for position, donor in donors.items():
+            foreign = whole.images[donor]
+            if hide_objects:
+                foreign = without_object(foreign, allowed[donor])
+            kept = allowed[position]
+            changed[position] = kept * whole.images[position] + (1 - kept) * foreign
+    both = Pool(images=changed, labels=whole.labels)
     return Lessons(
-        train=Pool(images=images[:train], labels=pool.labels[:train]),
-        validation=Pool(images=images[train:], labels=pool.labels[train:]),
-        allowed=allowed.expand(train, -1, -1),
+        train=whole.rows(slice(train)),
+        validation=whole.rows(slice(train, None)),
+        allowed=allowed[:train],
+        train_changed=both.rows(slice(train)),
+        validation_changed=both.rows(slice(train, None)),
     )
 
 
@@ -182,12 +208,21 @@ def background_cases(work: Path) -> list[Case]:
     out and named on the terminal."""
     cases = []
     learned, judged = _pictures(3000, "train", 0.5, 1), _pictures(2 * JUDGED, "test", 0.5, 2)
+    scanned = _pictures(400, "train", 0.5, 3).pool
     against = judged.night != (judged.pool.labels == 1)
     for name, layers in BACKGROUND_LAYERS.items():
         healthy = _object_network(name, learned.pool, work)
         for number, layer in enumerate(layers):
             planted = healthy.layer(layer).name
             faulty = _with_background(healthy, planted, seed=number)
+            where = Scene(
+                name=name,
+                program=healthy,
+                planting=learned.pool,
+                scanned=scanned,
+                judging=judged.pool,
+            )
+            found = localize.scan_result(faulty, where, "background", number, None)
             case = Case(
                 name=f"{name}-background-{number}",
                 network=name,
@@ -195,7 +230,7 @@ def background_cases(work: Path) -> list[Case]:
                 healthy=healthy,
                 faulty=faulty,
                 planted=planted,
-                flagged=None,
+                flagged=found["first_blamed"],
                 conflicting=judged.rows(against),
                 unaffected=judged.rows(~against),
             )
@@ -211,11 +246,7 @@ def background_cases(work: Path) -> list[Case]:
 def _background_lessons(case: Case, regime: Regime, seed: int) -> Lessons:
     chance = AGREEING if regime == "biased" else 0.5
     found = _pictures(TRAIN + VALIDATION, "train", chance, 100 + seed)
-    return Lessons(
-        train=found.pool.rows(slice(TRAIN)),
-        validation=found.pool.rows(slice(TRAIN, None)),
-        allowed=found.masks[:TRAIN],
-    )
+    return _lessons(found.pool, found.masks, TRAIN, seed, hide_objects=True)
 
 
 def _with_background(healthy: Program, layer: str, *, seed: int) -> Program:

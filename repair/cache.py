@@ -30,6 +30,7 @@ from audit.images import ImageFolder, iterate_batches
 
 if TYPE_CHECKING:
     from audit.networks import Network, Split
+    from repair.counterfactuals import Counterfactuals
 
 CacheKind = Literal["memory", "disk", "recompute"]
 GIB = 2**30
@@ -97,6 +98,7 @@ def cross_tensors(
     kind: CacheKind | None = None,
     batch_size: int = 32,
     with_images: bool = False,
+    counterfactuals: Counterfactuals | None = None,
     on_skip: Callable[[int, str], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> MemoryCache | DiskCache | RecomputedPrefix:
@@ -114,6 +116,7 @@ def cross_tensors(
         kind: Decides in place of the budgets, to repeat an earlier choice.
         batch_size: Images that will be asked for at a time.
         with_images: Keep the normalized images too.
+        counterfactuals: Makes of each image what takes its place.
         on_skip: Called with position and reason for each image that cannot be decoded.
         on_batch: Called with the number of images of each batch that was computed.
     """
@@ -123,6 +126,7 @@ def cross_tensors(
         folder=folder,
         pass_size=min(max(batch_size, _SMALLEST_PASS), _LARGEST_PASS),
         with_images=with_images,
+        counterfactuals=counterfactuals,
         on_skip=on_skip,
     )
     if kind is None:
@@ -175,6 +179,7 @@ class _Source:
     pass_size: int
     on_skip: Callable[[int, str], None] | None
     with_images: bool = False
+    counterfactuals: Counterfactuals | None = None
 
     def bytes(self, images: int) -> int:
         """Return the memory that so many images take."""
@@ -204,6 +209,8 @@ class _Source:
             batch_size=self.pass_size,
             on_skip=self.on_skip,
         ):
+            if self.counterfactuals is not None:
+                batch = self.counterfactuals(batch)
             count = len(batch.indices)
             images = network.normalize(_filled_up(batch.pixels, self.pass_size))
             computed = (*self.split.prefix(images), *([images] if self.with_images else []))
@@ -227,6 +234,7 @@ class _Source:
             "run_with": [torch.__version__, str(program.dtype), program.device.type],
             "pass_size": self.pass_size,
             "with_images": self.with_images,
+            "counterfactuals": self.counterfactuals.fingerprint if self.counterfactuals else None,
             "images": images,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -16,9 +16,10 @@ from audit import console
 from audit.errors import ExportError, UsageError
 from audit.options import CodeOption, JsonOption, TrustOption
 from repair.comparison_cli import compare_command
-from repair.config import KEEPS, RepairConfig
+from repair.config import AUTO, KEEPS, RepairConfig
 from repair.controls import CONTROLS, DEFAULT_CONTROLS, parse_controls
 from repair.grid_cli import grid_command
+from repair.losses import LOSSES
 from repair.options import (
     BalanceOption,
     BatchSizeOption,
@@ -27,7 +28,6 @@ from repair.options import (
     EpochsOption,
     GroupOption,
     LayerOption,
-    LossOption,
     MasksOption,
     ModelOption,
     NoR1Option,
@@ -62,7 +62,13 @@ def layer_command(
     name: LayerOption = None,
     run: RunOption = None,
     train: TrainOption = None,
-    loss: LossOption = DEFAULTS.loss,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="What to minimize; auto: energy where a region is known, else trust.",
+            metavar="|".join([AUTO, *LOSSES]),
+        ),
+    ] = AUTO,
     saliency: SaliencyOption = DEFAULTS.saliency,
     scale: ScaleOption = DEFAULTS.scale,
     no_r1: NoR1Option = False,
@@ -71,6 +77,14 @@ def layer_command(
     weight: WeightOption = DEFAULTS.weight,
     masks: MasksOption = None,
     group: GroupOption = None,
+    counterfactuals: Annotated[
+        bool | None,
+        typer.Option(
+            "--counterfactuals/--no-counterfactuals",
+            help="Learn from images whose forbidden pixels are other images'; by default where the "
+            "loss is auto and a region is known.",
+        ),
+    ] = None,
     learning_rate: RateOption = DEFAULTS.learning_rate,
     schedule: ScheduleOption = DEFAULTS.schedule,
     epochs: EpochsOption = DEFAULTS.epochs,
@@ -147,7 +161,8 @@ def layer_command(
     if no_controls and _is_stated(context, "controls"):
         raise UsageError("--controls and --no-controls exclude each other; give one of them")
     settings: dict[str, Any] = {
-        "loss": loss,
+        "loss": DEFAULTS.loss if loss == AUTO else loss,
+        "counterfactuals": bool(counterfactuals),
         "saliency": saliency,
         "scale": scale,
         "balance": balance,
@@ -176,6 +191,8 @@ def layer_command(
     from repair.layer import RepairRequest, repair_layer
     from repair.summary import repair_summary
 
+    choose = {"loss"} if loss == AUTO else set()
+    choose |= {"counterfactuals"} if counterfactuals is None else set()
     request = RepairRequest(
         layer=name,
         train=train,
@@ -188,7 +205,8 @@ def layer_command(
         group=group,
         tensorboard=tensorboard,
         resume=resume,
-        stated=frozenset(_stated(context, settings)),
+        choose=frozenset(choose),
+        stated=frozenset(_stated(context, settings)) - choose,
         command=("repair", *sys.argv[1:]),
         trust_pickle=trust_pickle,
         code=code,

@@ -25,6 +25,8 @@ KEEPS: tuple[Keep, ...] = get_args(Keep)
 Saliency = Literal["gradcam", "guided-gradcam", "gradients"]
 SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
 
+AUTO = "auto"  # for --loss: `repair.defaults` decides
+
 _RENAMED = {"balance": "lambda", "learning_rate": "lr"}  # field -> name in repair.json and options
 
 
@@ -52,6 +54,8 @@ class RepairConfig:
             them is one that relies on it.
         patience: Epochs without a lower validation cross entropy after which training stops; 0
             for never.
+        counterfactuals: Whether what lies outside an image's mask, or in an error group's region,
+            is taken from another image before it is learned from (`repair.counterfactuals`).
         balance_classes: Whether images weigh by the inverse of their class's frequency.
         with_norm: Whether scale and shift of the batch norm that follows the layer learn too.
         amp: Whether steps are taken in mixed precision (bfloat16).
@@ -80,6 +84,7 @@ class RepairConfig:
     schedule: Schedule = "constant"
     keep: Keep = "best"
     patience: int = 0
+    counterfactuals: bool = False
     balance_classes: bool = False
     with_norm: bool = False
     amp: bool = False

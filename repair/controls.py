@@ -2,6 +2,7 @@
 
     ce             the same layer by plain cross entropy: does the penalty do anything?
     shuffled       the same loss, each image charged for another one's map: do the maps matter?
+    originals      the same loss without counterfactual copies: do they matter?
     next-layer     the scan's next best layer, by the same loss: was the right layer repaired?
     random-layer   a layer drawn by the seed, by the same loss: would any layer do?
     last-layer     the last linear layer by plain cross entropy, on request: is that all it takes?
@@ -46,6 +47,7 @@ class Control:
         plain: Whether plain cross entropy takes the place of the repair's loss.
         shuffled: Whether every image's map is that of another image of its batch.
         surgical: Whether learning rates follow relative gradient norms.
+        originals: Whether it learns from the images as they are, not from counterfactuals.
         by_default: Whether a repair has it unless told otherwise.
     """
 
@@ -56,6 +58,7 @@ class Control:
     plain: bool = False
     shuffled: bool = False
     surgical: bool = False
+    originals: bool = False
     by_default: bool = True
 
 
@@ -70,6 +73,12 @@ CONTROLS: dict[str, Control] = {
         ours="true maps",
         theirs="shuffled maps",
         shuffled=True,
+    ),
+    "originals": Control(
+        description="the same loss on the same layer, from the images as they are",
+        ours="training on counterfactual images",
+        theirs="training on the images as they are",
+        originals=True,
     ),
     "next-layer": Control(
         description="the same loss on the next best layer by the scan, {layer}",
@@ -120,6 +129,7 @@ class PlannedControl:
     loss: str
     shuffled: bool
     surgical: bool = False
+    originals: bool = False
 
     @property
     def whole(self) -> bool:
@@ -156,13 +166,14 @@ def plan_controls(
     *,
     loss: str,
     needs_maps: bool,
+    counterfactuals: bool = False,
     seed: int,
 ) -> tuple[tuple[PlannedControl, ...], dict[str, str]]:
     """Return the controls that a repair can have, and a sentence for each that it cannot.
 
     Where the loss needs maps, other layers are those that have some. What would only repeat the
-    repair (`ce` beside the loss ce) or has nothing to change (`shuffled` without maps) is passed
-    over without a word.
+    repair (`ce` beside the loss ce) or has nothing to change (`shuffled` without maps, `originals`
+    without counterfactuals) is passed over without a word.
 
     Args:
         names: The chosen controls.
@@ -171,6 +182,7 @@ def plan_controls(
         ranked: Names of layers, best first, from `ranked_layers`.
         loss: The repair's loss.
         needs_maps: Whether that loss needs maps.
+        counterfactuals: Whether the repair learns from them.
         seed: Draws the random layer, among those that are neither repaired nor next best.
     """
     others = [one for one in layers if one.name != layer.name]
@@ -194,9 +206,12 @@ def plan_controls(
     planned, left_out = [], {}
     for name in names:
         control = CONTROLS[name]
-        if (control.plain and control.place == "same" and loss == "ce") or (
-            control.shuffled and not needs_maps
-        ):
+        idle = (
+            (control.plain and control.place == "same" and loss == "ce")
+            or (control.shuffled and not needs_maps)
+            or (control.originals and not counterfactuals)
+        )
+        if idle:
             continue
         where, why = places[control.place]
         if where is None:
@@ -212,6 +227,7 @@ def plan_controls(
                 loss="ce" if control.plain else loss,
                 shuffled=control.shuffled,
                 surgical=control.surgical,
+                originals=control.originals,
             )
         )
     return tuple(planned), left_out

@@ -27,6 +27,7 @@ from repair.cache import (
 
 if TYPE_CHECKING:
     from audit.networks import Network, Split
+    from repair.counterfactuals import Counterfactuals
 
 _WORDINGS: dict[CacheKind, str] = {
     "memory": "kept in memory",
@@ -82,6 +83,7 @@ def cross_splits(
     earlier: Mapping[str, CacheKind] | None = None,
     batch_size: int = 32,
     with_images: Collection[str] = (),
+    counterfactuals: Mapping[str, Counterfactuals] | None = None,
     on_skip: Callable[[int, str], None] | None = None,
     on_choice: Callable[[Mapping[str, CrossingTensors]], None] | None = None,
 ) -> dict[str, CrossingTensors]:
@@ -97,6 +99,7 @@ def cross_splits(
         earlier: Kinds of cache that an earlier attempt chose, by split.
         batch_size: Images that will be asked for at a time.
         with_images: Splits whose images themselves are kept too.
+        counterfactuals: By split, what takes the place of its images.
         on_skip: Called with place and reason for each image that cannot be decoded.
         on_choice: Called after each split with all that there is so far.
     """
@@ -118,6 +121,7 @@ def cross_splits(
                 kind=(earlier or {}).get(name),
                 batch_size=batch_size,
                 with_images=name in with_images,
+                counterfactuals=(counterfactuals or {}).get(name),
                 on_skip=on_skip,
                 on_batch=bar.advance,
             )

@@ -84,17 +84,52 @@ def find_guidance(
         raise UsageError("--masks and --group exclude each other; give one of them")
     if group is not None:
         return _away_from(_group(run, group), folder, positions, size)
-    recorded = ((run.info.get("cases") or {}).get("masks") or {}).get("path")
+    recorded = scanned_with_masks(run)
     path = masks or (Path(recorded) if recorded else None)
     if path is not None:
         return _on_objects(path, folder, positions, preprocessing, size, on_image)
-    found = next((one for one in run.groups["groups"] if one.get("cells")), None)
+    found = _first_with_region(run)
     if found is None:
         raise RunError(
             "this loss must know where a map may lie, and the scan has neither masks nor an error "
             "group with a region; give masks of the objects with --masks DIR"
         )
     return _away_from(found, folder, positions, size)
+
+
+def names_region(run: Run, *, masks: Path | None = None, group: str | None = None) -> bool:
+    """Return whether `find_guidance` has something to go by: masks, or a group with a region."""
+    if masks is not None or group is not None or scanned_with_masks(run):
+        return True
+    return _first_with_region(run) is not None
+
+
+def scanned_with_masks(run: Run) -> str | None:
+    """Return where the masks lie that the scan was given, None if there were none."""
+    return ((run.info.get("cases") or {}).get("masks") or {}).get("path")
+
+
+def share_right(run: Run, group: str | None = None) -> float | None:
+    """Return how often what an error group says is right where it looks at its region.
+
+    Of the images outside the test split that have the group's predicted class, and whose map lies
+    on its region, the share that is right. Maps were looked at in samples of wrong and of right
+    images; both counts are scaled up. None without a group that has a region.
+
+    Args:
+        run: The scan.
+        group: Identity of the group; the first one that has a region when None.
+    """
+    found = _group(run, group) if group is not None else _first_with_region(run)
+    if found is None or found.get("compared_share") is None:
+        return None
+    images = run.images
+    seen = images[images["split"] != "test"]
+    if found["predicted"] is not None:
+        seen = seen[seen["predicted"] == found["predicted"]]
+    right = int(seen["right"].sum()) * found["compared_share"]
+    wrong = found["size"] * run.groups["errors"] / max(1, run.groups["errors_looked_at"])
+    return float(right / (right + wrong)) if right + wrong else None
 
 
 def object_masks_at(
@@ -186,6 +221,10 @@ def _away_from(
         f"the images of {group['id']}.",
         images=len(positions),
     )
+
+
+def _first_with_region(run: Run) -> Mapping[str, Any] | None:
+    return next((dict(one) for one in run.groups["groups"] if one.get("cells")), None)
 
 
 def _group(run: Run, identity: str) -> Mapping[str, Any]:

@@ -40,11 +40,13 @@ from repair.after import SCORED_IMAGES, MapComparison, calibration_record, compa
 from repair.cache import CrossingTensors
 from repair.config import RepairConfig
 from repair.controls import PlannedControl, plan_controls, ranked_layers
+from repair.counterfactuals import Counterfactuals
 from repair.crossing import cache_kinds, cache_line, cache_record, choose_room, cross_splits
 from repair.decision import Predictions, compare, decide
+from repair.defaults import settle
 from repair.guidance import Guidance
 from repair.maps import GALLERY_METHOD, choose_gallery, map_similarity, true_class_maps
-from repair.material import RepairImages, find_guide
+from repair.material import RepairImages, find_counterfactuals, find_guide
 from repair.outcome import (
     Control,
     Judged,
@@ -77,6 +79,7 @@ class RepairRequest:
             or nothing where `cache_gib` is 0.
         masks: Folder of masks or COCO file that says where the objects are.
         group: Error group of the scan whose region maps must leave.
+        choose: Settings that the run decides, `loss` and `counterfactuals`, see `repair.defaults`.
         tensorboard: Log every epoch for TensorBoard, in the repair's folder.
         resume: Go on with the newest unfinished repair, by the settings it was started with.
         stated: Settings (fields of `RepairConfig`) that must equal those of a resumed repair.
@@ -94,6 +97,7 @@ class RepairRequest:
     cache_disk_gib: float | None = None
     masks: Path | None = None
     group: str | None = None
+    choose: frozenset[str] = frozenset()
     tensorboard: bool = False
     resume: bool = False
     stated: frozenset[str] = frozenset()
@@ -132,17 +136,28 @@ def repair_layer(
         code=request.code,
     )
     layer = network.layer(name)
+    settled = None
+    if resumed is None:
+        config, settled = settle(
+            run, layer, config, request.choose, masks=request.masks, group=request.group
+        )
     check_has_maps(layer, config)
     images = RepairImages.open(
         run, network, data=request.data, train=request.train, seed=config.seed
     )
     guide = find_guide(run, network, images, config, masks=request.masks, group=request.group)
     guidance = guide(layer)  # refused before a folder is made
+    counterfactuals = find_counterfactuals(
+        run, network, images, config, masks=request.masks, group=request.group
+    )
     record = _opening_record(network, layer, config, request, device, guidance)
+    record["counterfactuals"] = {split: len(made.donors) for split, made in counterfactuals.items()}
     repair = resumed
     if repair is None:
         name = run.start_repair(layer.name, record).name if team.leads else ""
         repair = open_repair(run.path / "repairs" / team.leaders(name))
+    if settled is not None:
+        console.say(settled)
     if guidance is not None:
         console.say(guidance.sentence)
     if config.with_norm and not network.program.norm_parameters_after(layer.name):
@@ -157,6 +172,7 @@ def repair_layer(
             _ranked_layers(run),
             loss=config.loss,
             needs_maps=config.needs_maps,
+            counterfactuals=config.counterfactuals,
             seed=config.seed,
         )
         for sentence in left_out.values():
@@ -165,7 +181,18 @@ def repair_layer(
             repair.write_info(controls_left_out=left_out)
         with TrainingLog.open(repair.path if request.tensorboard and team.leads else None) as log:
             job = _Repair(
-                run, repair, network, layer, config, request, images, controls, guide, log, team
+                run,
+                repair,
+                network,
+                layer,
+                config,
+                request,
+                images,
+                controls,
+                guide,
+                counterfactuals,
+                log,
+                team,
             )
             job.finish()
     except KeyboardInterrupt:
@@ -216,6 +243,7 @@ class _Repair:
         images: RepairImages,
         controls: tuple[PlannedControl, ...],
         guidance: Callable[[Layer], Guidance | None],
+        counterfactuals: Mapping[str, Counterfactuals],
         log: TrainingLog | None,
         team: Team,
     ) -> None:
@@ -231,6 +259,7 @@ class _Repair:
         self.log = log
         self.team = team
         self.positions = _dealt(images.positions, team)
+        self.counterfactuals = counterfactuals
         self.split: Split = network.program.split(layer.name)
         self.timings_s: dict[str, float] = {}
 
@@ -240,7 +269,7 @@ class _Repair:
         crossing = self._cross()
         sizes = self._sizes(crossing)
         repaired = self._train(crossing)
-        here = [one for one in self.controls if one.layer == self.layer.name]
+        here = [c for c in self.controls if c.layer == self.layer.name and not c.originals]
         controls = [self._train_control(one, self.split, crossing) for one in here]
         repeats = self._repeat(here, crossing)
         if not self.team.leads:  # the rest, but for the other layers' training, is not shared
@@ -297,6 +326,7 @@ class _Repair:
                 earlier=earlier,
                 batch_size=self.config.batch_size,
                 with_images=self._with_images,
+                counterfactuals=self.counterfactuals,
                 on_skip=self.images.skip,
                 on_choice=note,
             )
@@ -407,7 +437,7 @@ class _Repair:
         return repeats
 
     def _train_elsewhere(self, plan: PlannedControl) -> Control:
-        """Train and judge a control on another layer, which has a prefix of its own."""
+        """Train and judge a control on another layer or other images, with a cache of its own."""
         program = self.network.program
         split = program.uncut() if plan.whole else program.split(plan.layer)
         crossing = self._cross_elsewhere(plan, split)
@@ -430,6 +460,7 @@ class _Repair:
                 earlier=recorded.get(plan.name),
                 batch_size=self.config.batch_size,
                 with_images=self._with_images if plan.loss != "ce" else (),
+                counterfactuals={} if plan.originals else self.counterfactuals,
                 on_skip=self.images.skip,
             )
         if self.team.leads:

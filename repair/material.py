@@ -14,6 +14,7 @@ from torch import Tensor
 from audit.images import ImageFolder, SkippedFile
 from audit.runs import Run
 from repair.config import RepairConfig
+from repair.counterfactuals import Counterfactuals, draw_donors
 from repair.guidance import Guidance, find_guidance
 from repair.sources import Additions, open_scanned_images, positions, with_training_images
 
@@ -80,6 +81,52 @@ class RepairImages:
             "skipped": [{"path": path, "reason": why} for path, why in self.skipped.items()],
             "added": self.additions.as_dict() if self.additions else None,
         }
+
+
+def find_counterfactuals(
+    run: Run,
+    network: Network,
+    images: RepairImages,
+    config: RepairConfig,
+    *,
+    masks: Path | None = None,
+    group: str | None = None,
+) -> dict[str, Counterfactuals]:
+    """Return how the copies of the training and validation images are made, by split.
+
+    Nothing where the settings ask for none.
+
+    Raises:
+        LayermendError: They do, and nothing says which pixels a copy keeps.
+    """
+    made: dict[str, Counterfactuals] = {}
+    if not config.counterfactuals:
+        return made
+    guidance = find_guidance(
+        run,
+        images.folder,
+        [*images.positions["train"], *images.positions["val"]],
+        network.card.preprocessing,
+        network.program.input_size,
+        masks=masks,
+        group=group,
+    )
+    hide = guidance.source == "masks"
+    for number, split in enumerate(("train", "val")):
+        donors = draw_donors(
+            images.positions[split],
+            guidance.masks,
+            seed=2 * config.seed + number,
+            masked_alone=hide,
+        )
+        made[split] = Counterfactuals(
+            folder=images.folder,
+            preprocessing=network.card.preprocessing,
+            allowed=guidance.masks,
+            donors=donors,
+            hide_objects=hide,
+        )
+    return made
 
 
 def find_guide(

@@ -96,7 +96,8 @@ def test_every_control_is_recorded_with_its_layer_and_as_many_steps(
     assert drawn in {"block1_conv1", "block3_conv1"}
     steps = {one["steps"] for one in repaired.info["controls"]}
     assert steps == {repaired.info["training"]["steps"]}
-    assert Counter(repaired.history["role"]) == dict.fromkeys(["repair", *CONTROLS], 3)
+    trained = ["repair", *(name for name in CONTROLS if name != "originals")]
+    assert Counter(repaired.history["role"]) == dict.fromkeys(trained, 3)
     assert repaired.info["config"]["controls"] == list(CONTROLS)
     assert repaired.info["controls_left_out"] == {}
     assert not list(repaired.path.glob("state-*"))
@@ -361,7 +362,7 @@ def test_the_random_layer_is_drawn_by_the_seed_among_the_rest(network: Network) 
 
 
 def test_controls_that_would_change_nothing_are_passed_over(network: Network) -> None:
-    where, left_out = plan(network, ("ce", "shuffled"), loss="ce", needs_maps=False)
+    where, left_out = plan(network, ("ce", "shuffled", "originals"), loss="ce", needs_maps=False)
     assert where == left_out == {}
     _, left_out = plan(network, ("last-layer",), layer="predictions", loss="ce", needs_maps=False)
     assert left_out == {
@@ -386,10 +387,10 @@ def test_layers_are_ranked_by_blame_then_gain_then_rank() -> None:
 
 
 def test_controls_are_read_from_lists_and_from_older_records() -> None:
-    assert DEFAULT_CONTROLS == ("ce", "shuffled", "next-layer", "random-layer")
+    assert DEFAULT_CONTROLS == ("ce", "shuffled", "originals", "next-layer", "random-layer")
     assert parse_controls("shuffled, ce,ce") == ("ce", "shuffled")
     for text in ("ce,hope", "", "ce,"):
-        with pytest.raises(UsageError, match="expected one or more of ce,shuffled,next-layer"):
+        with pytest.raises(UsageError, match="expected one or more of ce,shuffled,originals"):
             parse_controls(text)
     read = RepairConfig.from_dict
     assert read({"controls": True}).controls == ("ce",)

@@ -1,0 +1,250 @@
+"""Counterfactual images: whose pixels they have, alike in every cache, and when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from audit.images import ImageFolder, load_pixels
+from audit.images.loading import ImageBatch
+from audit.networks import Network
+from audit.runs import Run
+from repair.cache import DiskSpace, cross_tensors
+from repair.config import RepairConfig
+from repair.counterfactuals import Counterfactuals, draw_donors, without_object
+from repair.defaults import settle
+from repair.guidance import outside_cells, share_right
+from repair.layer import RepairRequest, repair_layer
+from repair.sources import open_scanned_network
+
+from .conftest import DAMAGED, SIDE
+
+MakeRun = Callable[..., Run]
+CONFIG = RepairConfig(epochs=2, learning_rate=0.02, controls=("ce", "originals"))
+CELLS = [[0.0, 0.0, 0.5, 0.5]]
+AUTO = frozenset({"loss", "counterfactuals"})
+
+
+@pytest.fixture
+def corner(folder: ImageFolder) -> torch.Tensor:
+    """All pixels but the upper left quarter's, for every image."""
+    return outside_cells(CELLS, (SIDE, SIDE)).expand(len(folder.records), -1, -1)
+
+
+@pytest.fixture
+def grouped(make_run: MakeRun) -> Run:
+    run = make_run()
+    group = {"id": "group-1", "region": "a corner", "cells": CELLS, "paths": [], "examples": []}
+    run.write_groups({"groups": [group]}, {}, [])
+    return run
+
+
+def made(
+    network: Network, folder: ImageFolder, allowed: torch.Tensor, **more: Any
+) -> Counterfactuals:
+    donors = draw_donors(folder.positions("train"), allowed, seed=3)
+    given = {"donors": donors, "hide_objects": False, **more}
+    return Counterfactuals(
+        folder=folder, preprocessing=network.card.preprocessing, allowed=allowed, **given
+    )
+
+
+def test_an_image_keeps_its_allowed_pixels_and_takes_the_others_from_its_donor(
+    network: Network, folder: ImageFolder, corner: torch.Tensor
+) -> None:
+    counterfactuals = made(network, folder, corner)
+    chosen = list(folder.positions("train"))[:5]
+    found = counterfactuals(load_pixels(folder, chosen, network.card.preprocessing))
+    assert found.indices.tolist() == chosen
+    for row, position in enumerate(chosen):
+        donor = counterfactuals.donors[position]
+        own, lent = (
+            np.asarray(Image.open(folder.root / folder.records[one].path))
+            for one in (position, donor)
+        )
+        expected = own.copy()
+        expected[: SIDE // 2, : SIDE // 2] = lent[: SIDE // 2, : SIDE // 2]
+        assert np.array_equal(found.pixels[row].permute(1, 2, 0).numpy(), expected)
+
+
+def test_images_without_a_mask_or_a_readable_donor_stay_as_they_are(
+    network: Network, folder: ImageFolder, corner: torch.Tensor
+) -> None:
+    train = list(folder.positions("train"))
+    allowed = corner.clone()
+    allowed[train[0]] = torch.nan
+    donors = draw_donors(train, allowed, seed=0)
+    assert train[0] not in donors and set(donors) == set(train[1:])
+    gone = replace(folder.records[donors[train[1]]], path="gone.png")
+    records = [
+        gone if r.path == folder.records[donors[train[1]]].path else r for r in folder.records
+    ]
+    counterfactuals = made(network, replace(folder, records=tuple(records)), allowed, donors=donors)
+    batch = load_pixels(folder, train[:2], network.card.preprocessing)
+    assert torch.equal(counterfactuals(batch).pixels, batch.pixels)
+
+
+def test_donors_are_other_images_drawn_evenly_and_alike_in_every_process(
+    folder: ImageFolder, corner: torch.Tensor
+) -> None:
+    train = folder.positions("train")
+    donors = draw_donors(train, corner, seed=5)
+    assert donors == draw_donors(train, corner, seed=5)
+    assert donors != draw_donors(train, corner, seed=6)
+    assert all(donor != position and donor in train for position, donor in donors.items())
+    few = list(train)[:4]
+    counts = {(p, d): 0 for p in few for d in few if p != d}
+    for seed in range(600):
+        for pair in draw_donors(few, corner, seed=seed).items():
+            counts[pair] += 1
+    assert min(counts.values()) > 150 and max(counts.values()) < 250  # 200 expected, sd 11.5
+
+
+def test_only_masked_images_lend_where_objects_are_hidden(
+    folder: ImageFolder, corner: torch.Tensor
+) -> None:
+    train = list(folder.positions("train"))
+    allowed = corner.clone()
+    allowed[train[::2]] = torch.nan
+    donors = draw_donors(train, allowed, seed=0, masked_alone=True)
+    assert set(donors) == set(train[1::2]) and set(donors.values()) <= set(train[1::2])
+    assert draw_donors(train[:2], allowed, seed=0, masked_alone=True) == {}
+
+
+def test_a_hidden_object_is_painted_in_the_mean_color_of_the_rest() -> None:
+    pixels = torch.from_numpy(np.random.default_rng(0).uniform(0, 255, (3, 4, 5)))
+    mask = torch.zeros(4, 5, dtype=torch.float64)
+    mask[1:3, 2:] = 1
+    found = without_object(pixels, mask)
+    for channel in range(3):
+        rest = [float(pixels[channel, y, x]) for y in range(4) for x in range(5) if not mask[y, x]]
+        assert found[channel, 2, 3] == pytest.approx(sum(rest) / len(rest))
+        assert found[channel, 0, 0] == pixels[channel, 0, 0]
+
+
+def test_an_object_of_the_donor_does_not_show(network: Network, folder: ImageFolder) -> None:
+    train = list(folder.positions("train"))
+    allowed = torch.zeros(len(folder.records), SIDE, SIDE)
+    allowed[train[0], :8], allowed[train[1], 12:] = 1, 1  # objects above and below
+    donors = {train[0]: train[1]}
+    counterfactuals = made(network, folder, allowed, donors=donors, hide_objects=True)
+    batch = load_pixels(folder, train[:2], network.card.preprocessing)
+    found = counterfactuals(batch).pixels
+    assert torch.equal(found[0, :, :8], batch.pixels[0, :, :8])
+    assert torch.equal(found[0, :, 8:12], batch.pixels[1, :, 8:12])
+    below = found[0, :, 12:].flatten(1)
+    assert torch.equal(below, below[:, :1].expand_as(below))
+    assert torch.equal(found[1], batch.pixels[1])
+
+
+def test_every_kind_of_cache_holds_the_same_bits(
+    network: Network, folder: ImageFolder, corner: torch.Tensor, tmp_path: Path
+) -> None:
+    counterfactuals = made(network, folder, corner)
+    train = folder.positions("train")
+    split = network.program.split(DAMAGED)
+    space = DiskSpace(folder=tmp_path / "cache", budget_bytes=2**30)
+
+    def crossed(kind: Any, changed: Counterfactuals | None = counterfactuals) -> torch.Tensor:
+        cache = cross_tensors(
+            network,
+            split,
+            folder,
+            train,
+            budget_bytes=2**30,
+            disk=space,
+            kind=kind,
+            counterfactuals=changed,
+        )
+        return cache.batch(torch.arange(20)).crossing[0].clone()
+
+    in_memory = crossed("memory")
+    assert torch.equal(crossed("disk"), in_memory)
+    assert torch.equal(crossed("recompute"), in_memory)
+    as_they_are = crossed("memory", None)
+    assert not torch.equal(as_they_are, in_memory)
+    assert torch.equal(crossed("disk", None), as_they_are)  # the other files are not taken over
+    pixels = counterfactuals(load_pixels(folder, train[:20], network.card.preprocessing)).pixels
+    expected = split.prefix(network.normalize(pixels))[0]
+    assert torch.allclose(in_memory, expected, atol=1e-6)
+
+
+def test_a_known_region_decides_what_a_repair_does_by_default(
+    grouped: Run, make_run: MakeRun, folder: ImageFolder
+) -> None:
+    info = repair_layer(grouped, CONFIG, RepairRequest(choose=AUTO)).info
+    assert info["config"]["loss"] == "energy" and info["config"]["counterfactuals"] is True
+    counts = {name: len(folder.positions(name)) for name in ("train", "val")}  # type: ignore[arg-type]
+    assert info["counterfactuals"] == counts
+    assert [one["name"] for one in info["controls"]] == ["ce", "originals"]
+    assert info["frozen"]["identical"] == info["frozen"]["tensors"]
+    assert any("training on the images as they are" in s for s in info["penalty"]["sentences"])
+    unguided = repair_layer(make_run(), CONFIG, RepairRequest(choose=AUTO)).info
+    assert unguided["config"]["loss"] == "trust"
+    assert unguided["config"]["counterfactuals"] is False and unguided["counterfactuals"] == {}
+    assert [one["name"] for one in unguided["controls"]] == ["ce"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "compared_share", "expected"),
+    [(20, 0.5, False), (20, 1.0, False), (1, 1.0, True), (1, 0.5, True)],
+)
+def test_images_with_enough_counterexamples_are_learned_from_as_they_are(
+    grouped: Run, wrong: int, compared_share: float, expected: bool
+) -> None:
+    seen = grouped.images[grouped.images["split"] != "test"]
+    by_class = seen["right"].groupby(seen["predicted"]).sum()
+    predicted, right = int(by_class.idxmax()), int(by_class.max())
+    group = {**grouped.groups["groups"][0], "predicted": predicted, "size": wrong}
+    group["compared_share"] = compared_share
+    document = {"groups": [group], "errors": 40, "errors_looked_at": 20}
+    grouped.write_groups(document, {}, [])
+    looking = {True: right * compared_share, False: 2 * wrong}  # half of the errors were looked at
+    agreeing = looking[True] / (looking[True] + looking[False])
+    assert share_right(grouped) == pytest.approx(agreeing)
+    assert (agreeing > 0.75) is expected
+    network_layer = open_scanned_network(grouped).layer(DAMAGED)
+    settled, sentence = settle(grouped, network_layer, CONFIG, AUTO)
+    assert settled.counterfactuals is expected and settled.loss == "energy"
+    assert sentence is not None and ("counterfactual" in sentence) is expected
+
+
+def test_the_control_of_the_images_as_they_are_is_the_repair_without_counterfactuals(
+    grouped: Run,
+) -> None:
+    guided = replace(CONFIG, loss="energy", counterfactuals=True)
+    control = repair_layer(grouped, guided, RepairRequest()).info["controls"][1]
+    alone = repair_layer(grouped, replace(CONFIG, loss="energy"), RepairRequest()).info
+    assert control["name"] == "originals"
+    assert control["after"] == alone["after"]
+
+
+def test_a_layer_without_maps_is_repaired_by_cross_entropy_on_counterfactuals(
+    grouped: Run,
+) -> None:
+    request = RepairRequest(layer="predictions", choose=AUTO)
+    info = repair_layer(grouped, replace(CONFIG, controls=()), request).info
+    assert info["config"]["loss"] == "ce" and info["config"]["counterfactuals"] is True
+
+
+def test_what_the_user_states_is_kept(grouped: Run) -> None:
+    request = RepairRequest(choose=frozenset({"counterfactuals"}))
+    info = repair_layer(grouped, replace(CONFIG, controls=()), request).info
+    assert info["config"]["loss"] == "trust" and info["config"]["counterfactuals"] is False
+
+
+def test_a_batch_of_none_is_a_batch_of_none(
+    network: Network, folder: ImageFolder, corner: torch.Tensor
+) -> None:
+    empty = ImageBatch(
+        pixels=torch.empty((0, 3, SIDE, SIDE), dtype=torch.uint8),
+        indices=torch.empty(0, dtype=torch.int64),
+    )
+    assert made(network, folder, corner)(empty).pixels.shape == (0, 3, SIDE, SIDE)
