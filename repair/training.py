@@ -402,6 +402,7 @@ def _rows(batch: CrossingBatch, rows: Tensor) -> CrossingBatch:
         labels=batch.labels[here],
         positions=batch.positions[rows.to(batch.positions.device)],
         images=None if batch.images is None else batch.images[here],
+        gates=None if batch.gates is None else batch.gates[here],
     )
 
 
