@@ -6,7 +6,7 @@ import streamlit as st
 
 from audit.rendering import stylesheet
 from dashboard.rater_links import for_raters
-from dashboard.selection import choose
+from dashboard.selection import choose, problems_shown
 
 # Room for the content on a phone, and a calmer frame than the default.
 FRAME = """
@@ -34,7 +34,8 @@ def main() -> None:
     ]
     page = st.navigation(pages, position="top")
     if choose():
-        page.run()
+        with problems_shown():
+            page.run()
 
 
 main()
