@@ -349,8 +349,11 @@ class VoteStore:
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with self._problems(), self._engine.connect() as connection:
-            yield connection
+        try:
+            with self._problems(), self._engine.connect() as connection:
+                yield connection
+        except ValueError as error:  # what should be JSON is not
+            raise VotesError(f"votes at {self.place} are damaged ({error})") from error
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
@@ -439,6 +442,7 @@ def _engine(url: URL) -> Engine:
         cursor = connection.cursor()
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.execute("PRAGMA trusted_schema=OFF")  # the file may come from somebody else
         cursor.close()
 
     return engine

@@ -15,6 +15,7 @@ import streamlit as st
 
 from audit.console import say
 from audit.errors import RunError
+from audit.record_shapes import reading
 from audit.rendering import page, part
 from audit.runs import RepairFolder, Run, open_repair
 from dashboard.cli import RUNS_VARIABLE
@@ -33,23 +34,28 @@ def main() -> None:
         _say("This address is for raters.", "Open the whole link that you were sent.")
         return
     try:
-        found = _found(*link)
-        rater = found[1].rater(*link) if found else None
-        if found is None or rater is None:
-            _say("This link is not valid.", "Ask who sent it for a new one.")
-            return
-        run, store, study = found
-        if rater.background is None:
-            _ask_background(store, study, rater)
-        else:
-            _ask(open_repair(run.path / "repairs" / Path(study.repair).name), store, study, rater)
+        with reading(Path(os.environ.get(RUNS_VARIABLE, "runs"))):
+            _show_study(*link)
     except RunError as error:
         # The reason may name folders, which are not for raters.
         say(f"study: {error}")
         _say("The study cannot be shown just now.", "Your answers are kept; try again later.")
 
 
-def _found(study_id: str, token: str) -> tuple[Run, VoteStore, Study] | None:
+def _show_study(study_id: str, token: str) -> None:
+    found = _found(study_id)
+    rater = found[1].rater(study_id, token) if found else None
+    if found is None or rater is None:
+        _say("This link is not valid.", "Ask who sent it for a new one.")
+        return
+    run, store, study = found
+    if rater.background is None:
+        _ask_background(store, study, rater)
+    else:
+        _ask(open_repair(run.path / "repairs" / Path(study.repair).name), store, study, rater)
+
+
+def _found(study_id: str) -> tuple[Run, VoteStore, Study] | None:
     """Return the study; once found, its place is remembered for the visit."""
     place = st.session_state.get(_PLACE)
     root = Path(os.environ.get(RUNS_VARIABLE, "runs"))

@@ -191,10 +191,11 @@ def test_every_answer_has_a_key(run: Run) -> None:
 def test_a_repair_that_is_gone_tells_raters_no_more_than_that(run: Run, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     store, study, tokens = _study(run)
     store.save_background(store.raters(study.id)[0], dict.fromkeys(BACKGROUND, 1))
-    monkeypatch.setattr(RepairFolder, "gallery", {"images": []})
-    app = _open(study.id, tokens[0])
-    assert "cannot be shown just now" in _seen(app).text
-    assert run.name not in _everything(app)
+    for gallery in ({"images": []}, {"images": "nonsense"}, {}):
+        monkeypatch.setattr(RepairFolder, "gallery", gallery)
+        app = _open(study.id, tokens[0])
+        assert "cannot be shown just now" in _seen(app).text
+        assert run.name not in _everything(app)
 
 
 def test_a_study_is_set_up_and_its_links_work(run: Run) -> None:

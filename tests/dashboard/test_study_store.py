@@ -243,7 +243,11 @@ def test_a_newer_or_damaged_study_says_so(store: VoteStore) -> None:
     with pytest.raises(VotesError, match="damaged"):
         store.study(study.id)
     with store._engine.begin() as connection:
-        connection.execute(sa.update(table).values(schema_version=99))
+        connection.exec_driver_sql("UPDATE studies SET design = '{'")
+    with pytest.raises(VotesError, match="damaged"):
+        store.studies("run")
+    with store._engine.begin() as connection:
+        connection.execute(sa.update(table).values(schema_version=99, design={}))
     with pytest.raises(VotesError, match="update layermend"):
         store.study(study.id)
 
