@@ -256,6 +256,11 @@ def test_results_are_those_of_the_votes(run: Run) -> None:
     [decide] = [b for b in app.button if b.label == "Decide the cases by these votes"]
     app = decide.click().run()
     assert "are now by votes" in _seen(app).text
+    _study(run, images=1)
+    app = _visit("study_results")
+    assert "No votes on the maps yet" in _seen(app).text  # the newest comes first
+    studies = next(box for box in app.main.selectbox if box.label == "Study")
+    assert "100 % of the votes" in _seen(studies.set_value(study.id).run()).text
     record = json.loads((run.repairs[0].path / "repair.json").read_text())
     assert record["cases"]["source"] == "votes" and record["cases_measured"]["source"] == "proxy"
 
