@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from audit.rendering import stylesheet
-from dashboard.selection import choose
+from dashboard.selection import choose, problems_shown
 
 # Room for the content on a phone, and a calmer frame than the default.
 FRAME = """
@@ -28,7 +28,8 @@ def main() -> None:
     ]
     page = st.navigation(pages, position="top")
     if choose():
-        page.run()
+        with problems_shown():
+            page.run()
 
 
 main()

@@ -17,13 +17,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from audit.batches import BatchLimit
 from audit.errors import RunError
 from audit.files import read_json, write_json
 from audit.images import ImageFolder, iterate_batches
@@ -183,6 +184,7 @@ class _Source:
     folder: ImageFolder
     pass_size: int
     on_skip: Callable[[int, str], None] | None
+    limit: BatchLimit = field(default_factory=BatchLimit)
     beside: Beside | None = None
     counterfactuals: Counterfactuals | None = None
 
@@ -238,13 +240,20 @@ class _Source:
                 batch = self.counterfactuals(batch)
             count = len(batch.indices)
             images = network.normalize(_filled_up(batch.pixels, self.pass_size))
-            computed = list(self.split.prefix(images))
+            computed = list(self._prefix(images))
             if self.beside == "images":
                 computed.append(images)
             elif self.beside == "gates":
                 computed.append(self._guided_prefix.gates(images))
             stored = [tensor[:count] for tensor in computed]
             yield self.batch(stored, self.labels(batch.indices), batch.indices)
+
+    def _prefix(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return what crosses the cut, all images in one pass where they fit in memory."""
+        passes = list(self.limit.parts(lambda rows: self.split.prefix(images[rows]), len(images)))
+        if len(passes) == 1:
+            return tuple(passes[0])
+        return tuple(map(torch.cat, zip(*passes, strict=True)))
 
     def labels(self, positions: Tensor) -> Tensor:
         found = [self.folder.records[position].label for position in positions.tolist()]
