@@ -4,6 +4,7 @@ Results go to stdout, progress and notes to stderr. Errors are one line each, wi
 `audit.errors`; `--debug`, anywhere on the command line, lets them through with their traceback.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from audit.errors import LayermendError
 __all__ = ["Progress", "be_quiet", "print_json", "progress", "run_app", "say", "stdout"]
 
 _PIPE_WIDTH = 120
+_LINES_EVERY_S = 1.0
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 stdout = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
@@ -76,8 +78,9 @@ class Progress:
 def progress(description: str, total: int | None) -> Iterator[Progress]:
     """Show a long step on stderr with a bar, a count and the time left.
 
-    Where stderr is no terminal there is one plain line at the start and one at the end. Without a
-    total there is no time left to tell, only what is done.
+    Where stderr is no terminal there is one plain line at the start and one at the end; in between
+    one a second if `LAYERMEND_PROGRESS=lines` asks for them, for a program that reads along.
+    Without a total there is no time left to tell, only what is done.
     """
     if _stderr.is_terminal:
         yield from _live_bar(description, total)
@@ -103,12 +106,16 @@ def _live_bar(description: str, total: int | None) -> Iterator[Progress]:
 
 def _plain_lines(description: str, total: int | None) -> Iterator[Progress]:
     done = 0
+    started_s = said_s = time.monotonic()
+    often = os.environ.get("LAYERMEND_PROGRESS") == "lines" and total is not None
 
     def count(n: int) -> None:
-        nonlocal done
+        nonlocal done, said_s
         done += n
+        if often and time.monotonic() - said_s >= _LINES_EVERY_S:
+            said_s = time.monotonic()
+            say(f"{description}: {done} of {total}")
 
-    started_s = time.monotonic()
     say(f"{description} ..." if total is None else f"{description} (0 of {total}) ...")
     yield Progress(count)
     elapsed_s = time.monotonic() - started_s

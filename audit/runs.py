@@ -293,6 +293,14 @@ class _Folder:
             raise _damaged(path, error) from error
 
     def _table(self, name: str, schema: Mapping[str, str]) -> pd.DataFrame:
+        table = self._columns(name, schema)
+        further = [name for name in table.column_names if name not in schema]
+        return table.select([*schema, *further]).to_pandas()
+
+    def _columns(
+        self, name: str, schema: Mapping[str, str], wanted: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Return the columns `wanted` of a table, all there are when None; others are not read."""
         path = self.path / name
         if not path.is_file():
             raise RunError(f"{_shown(path)} is not there; the run is {self.status}")
@@ -300,17 +308,21 @@ class _Folder:
         import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(path)
+            with pq.ParquetFile(path) as file:
+                held = file.schema_arrow.names
+                missing = sorted(set(schema) - set(held) - ADDED_LATER)
+                if missing:
+                    lacks = f"{_shown(path)} lacks the columns {', '.join(missing)}; scan again"
+                    raise RunError(lacks)
+                table = file.read(
+                    columns=None if wanted is None else [one for one in wanted if one in held]
+                )
         except (OSError, pa.ArrowException) as error:
             raise _damaged(path, error) from error
-        missing = sorted(set(schema) - set(table.column_names) - ADDED_LATER)
-        if missing:
-            raise RunError(f"{_shown(path)} lacks the columns {', '.join(missing)}; scan again")
-        for column in [name for name in schema if name not in table.column_names]:
+        for column in [one for one in wanted or schema if one not in held]:
             unknown = pa.nulls(len(table), pa.type_for_alias(schema[column]))
             table = table.append_column(column, unknown)
-        further = [name for name in table.column_names if name not in schema]
-        return table.select([*schema, *further]).to_pandas()
+        return table if wanted is None else table.select(list(wanted))
 
 
 F = TypeVar("F", bound=_Folder)
@@ -328,6 +340,10 @@ class Run(_Folder):
     @cached_property
     def images(self) -> pd.DataFrame:
         return self._table("images.parquet", RUN_IMAGES)
+
+    def image_columns(self, *names: str) -> pa.Table:
+        """Return some columns of the images' table, in that order; nothing else is read."""
+        return self._columns("images.parquet", RUN_IMAGES, names)
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -468,6 +484,10 @@ class RepairFolder(_Folder):
     def images(self) -> pd.DataFrame:
         return self._table("images.parquet", REPAIR_IMAGES)
 
+    def image_columns(self, *names: str) -> pa.Table:
+        """Return some columns of the held-out images' table, in that order."""
+        return self._columns("images.parquet", REPAIR_IMAGES, names)
+
     @property
     def onnx(self) -> dict[str, Any] | None:
         """The export's proof, or None where nothing was exported."""
@@ -477,6 +497,11 @@ class RepairFolder(_Folder):
     @property
     def onnx_model(self) -> Path:
         return self.path / "model.onnx"
+
+    @property
+    def onnx_card(self) -> Path:
+        """What the exported model says about itself, Markdown."""
+        return self.path / "model.md"
 
     @property
     def weights(self) -> Path:
