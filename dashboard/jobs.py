@@ -178,15 +178,15 @@ def _started(words: Sequence[str]) -> subprocess.Popen[str]:
 def _follow(job: Job) -> None:
     """Read what a command says until it ends."""
     said: list[str] = []
-    reader = threading.Thread(target=lambda: said.append(job.process.stdout.read()), daemon=True)  # type: ignore[union-attr]
-    reader.start()
-    for line in job.process.stderr or ():
-        if line.strip():
-            job.lines.append(line.rstrip())
-    reader.join()
-    job.process.wait()
-    with contextlib.suppress(json.JSONDecodeError, IndexError):
-        job.result = json.loads(said[0])
+    with job.process as process:  # closes the pipes at the end
+        reader = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)
+        reader.start()
+        for line in process.stderr or ():
+            if line.strip():
+                job.lines.append(line.rstrip())
+        reader.join()
+    with contextlib.suppress(json.JSONDecodeError):
+        job.result = json.loads("".join(said))
     job.ended_s = time.monotonic()
 
 
