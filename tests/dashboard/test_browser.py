@@ -71,6 +71,7 @@ def test_a_review_from_the_verdict_to_the_exported_model(scanned: Run, tmp_path:
         visitor.see(f"1 of {len(images)} images")
         visitor.wait()
         (first,) = visitor.titles()
+        tab.locator(".lm-viewer h4").click()  # out of the choice of views, which has arrow keys too
         tab.keyboard.press("ArrowRight")
         visitor.see(f"2 of {len(images)} images")
         visitor.wait()
