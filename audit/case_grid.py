@@ -67,7 +67,8 @@ def moves_grid(
     table, images = cases.get("table"), cases.get("images")
     if not table or not images:
         return None
-    source = "by masks" if cases.get("source") == "masks" else "by the proxy"
+    by = {"masks": "by masks", "votes": "by votes"}
+    source = by.get(str(cases.get("source")), "by the proxy")
     return CaseGrid(
         caption=f"{count(images, 'images')} of the test split, maps judged {source}. Blue: to a "
         "better case; orange: to a worse one.",

@@ -46,6 +46,7 @@ def main() -> None:
 
 @app.command()
 def scan(
+    context: typer.Context,
     model: ModelArgument,
     data: Annotated[
         Path,
@@ -94,7 +95,14 @@ def scan(
         int | None, typer.Option(help="Processes that load images; by itself by default.", min=0)
     ] = None,
     device: Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")] = "auto",
+    devices: Annotated[
+        int, typer.Option(help="Processes on this machine that share the images.", metavar="N")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Of splits, samples and bootstraps.", min=0)] = 0,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the newest unfinished scan of MODEL and DIR."),
+    ] = False,
     out: Annotated[
         Path, typer.Option(help="Folder that run folders are made in.", metavar="DIR")
     ] = Path("runs"),
@@ -106,19 +114,21 @@ def scan(
     json: JsonOption = False,
 ) -> None:
     """Scan predictions and saliency of a model and flag the layer at fault."""
+    from audit.parallel import join_team
     from audit.scan import ScanConfig, ScanRequest, scan_model
 
-    config = ScanConfig(
-        layers=layers,
-        method=method,
-        limit=limit,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        seed=seed,
-        map_threshold=map_threshold,
-        budget_s=budget,
-    )
+    settings: dict[str, Any] = {
+        "layers": layers,
+        "method": method,
+        "limit": limit,
+        "batch_size": batch_size,
+        "workers": workers,
+        "device": device,
+        "seed": seed,
+        "map_threshold": map_threshold,
+        "budget_s": budget,
+    }
+    config = ScanConfig(**settings)
     request = ScanRequest(
         model=model,
         data=data,
@@ -128,9 +138,14 @@ def scan(
         masks=masks,
         trust_pickle=trust_pickle,
         code=code,
+        resume=resume,
+        stated=_stated(context, [*settings, "masks"]),
         command=("audit", *sys.argv[1:]),
     )
-    run = scan_model(request, config)
+    team = join_team(devices, device)
+    run = scan_model(request, config, team=team)
+    if not team.leads:
+        return
     if json:
         console.print_json({**run.info, "verdict": run.verdict, "run": str(run.path)})
     else:
@@ -142,6 +157,13 @@ def scan(
 
         flagged = ", ".join(run.verdict["layers"][:3])
         raise GateTripped(f"the scan flagged {flagged} ({run.verdict['verdict']})")
+
+
+def _stated(context: typer.Context, settings: list[str]) -> frozenset[str]:
+    """Return the settings that stand on the command line itself."""
+    options = {"budget_s": "budget"}
+    sources = {n: context.get_parameter_source(options.get(n, n)) for n in settings}
+    return frozenset(n for n, source in sources.items() if source and source.name == "COMMANDLINE")
 
 
 @app.command("layers")

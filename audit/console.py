@@ -4,27 +4,78 @@ Results go to stdout, progress and notes to stderr. Errors are one line each, wi
 `audit.errors`; `--debug`, anywhere on the command line, lets them through with their traceback.
 """
 
+import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
+from rich.segment import Segment
 
 from audit.errors import LayermendError
 
-__all__ = ["Progress", "be_quiet", "print_json", "progress", "run_app", "say", "stdout"]
+__all__ = [
+    "Progress",
+    "be_quiet",
+    "error_line",
+    "print_json",
+    "printable",
+    "progress",
+    "run_app",
+    "say",
+    "stdout",
+]
 
 _PIPE_WIDTH = 120
 _LINES_EVERY_S = 1.0
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_LONGEST = 1500
+_REMEDIES = {
+    errno.ENOSPC: "free some space and run again; what was finished before is whole",
+    errno.EDQUOT: "free some space and run again; what was finished before is whole",
+    errno.EACCES: "check the permissions, or write to another folder with --out",
+    errno.EPERM: "check the permissions, or write to another folder with --out",
+    errno.EROFS: "write to another folder with --out",
+}
+
+
+def printable(text: str) -> str:
+    """Return the text with what a terminal would obey written out: `\\x1b`, not an escape.
+
+    Line breaks stay. What remains can be encoded whatever the text held.
+    """
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+class _Inert(RenderHook):
+    """Makes whatever is printed harmless: names in it come from files that others wrote."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Printable(one) for one in renderables]
+
+
+@dataclass(frozen=True)
+class _Printable:
+    content: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Segment]:
+        for text, style, control in console.render(self.content, options):
+            yield Segment(text if control else printable(text), style, control)
+
 
 stdout = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 _stderr = Console(stderr=True, highlight=False)
+for _console in (stdout, _stderr):
+    _console.push_render_hook(_Inert())
 
 
 def run_app(app: typer.Typer) -> None:
@@ -61,7 +112,7 @@ def print_json(document: Mapping[str, Any]) -> None:
     from audit.files import json_text
 
     if not stdout.quiet:
-        sys.stdout.write(json_text(document) + "\n")
+        sys.stdout.write(json_text(document) + "\n")  # has nothing in it that a terminal obeys
 
 
 @dataclass(frozen=True)
@@ -126,7 +177,7 @@ def _plain_lines(description: str, total: int | None) -> Iterator[Progress]:
 def _report(error: BaseException) -> int:
     """Print the one line that an error deserves; return the exit code."""
     if isinstance(error, LayermendError):
-        say(f"error: {_one_line(error)}")
+        say(f"error: {error_line(error)}")
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         say("interrupted")
@@ -142,16 +193,24 @@ def _report(error: BaseException) -> int:
             say(f"error: {' '.join(message.split()).rstrip('.')} (see {_program_name()} --help)")
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
-        place = f": {error.filename}" if error.filename else ""
-        say(f"error: {error.strerror}{place}")
+        say(f"error: {error_line(error)}")
         return 1
-    detail = f"{type(error).__name__}: {_one_line(error)}"
-    say(f"internal error: {detail} (run again with --debug for the traceback)")
+    say(f"internal error: {error_line(error)} (run again with --debug for the traceback)")
     return 1
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def error_line(error: BaseException) -> str:
+    """Return what is said about an error: one line without control characters, cut where long."""
+    if isinstance(error, LayermendError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        place = f": {error.filename}" if error.filename else ""
+        remedy = _REMEDIES.get(error.errno or 0)
+        text = f"{error.strerror}{place}" + (f"; {remedy}" if remedy else "")
+    else:
+        text = f"{type(error).__name__}: {error}"
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,12 @@ from audit.image_gradients import Use, add_gradients, error_margins
 from audit.map_accuracy import energy_inside, pointing_hits
 from audit.map_scores import Objects
 from audit.networks.layers import Layer
-from audit.networks.program import BatchNorm, Call, Program
+from audit.networks.program import Call, Program
+from audit.parallel import Team
 from audit.saliency import layer_map, normalize_maps, target_scores
 from audit.statistics import Interval, auroc
 
-__all__ = ["LayerEvidence", "gather_evidence"]
+__all__ = ["Gathering", "LayerEvidence", "gather_evidence"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,18 +151,6 @@ def _ratio(of: float, to: float) -> float:
     return of / to if to > 0 else math.nan
 
 
-@dataclass
-class _Sums:
-    gradients: dict[str, _Gradients] = field(default_factory=dict)
-    map_means: dict[str, list[Tensor]] = field(default_factory=dict)
-    true_probabilities: list[Tensor] = field(default_factory=list)
-    right: list[Tensor] = field(default_factory=list)
-    outputs: dict[str, ChannelSums] = field(default_factory=dict)
-    energies: dict[str, float] = field(default_factory=dict)
-    hits: dict[str, int] = field(default_factory=dict)
-    with_object: int = 0
-
-
 def gather_evidence(
     program: Program,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -172,8 +162,7 @@ def gather_evidence(
 ) -> list[LayerEvidence]:
     """Return the scores of every layer over the images of all batches.
 
-    Memory does not grow with the number of images but for one number per image and layer. Without
-    any image every score is NaN.
+    Without any image every score is NaN.
 
     Args:
         batches: Normalized images (B, 3, H, W) with their labels (B,).
@@ -183,90 +172,263 @@ def gather_evidence(
         on_batch: Called after each batch with its logits (B, K) and, by layer, its normalized maps
             of the true class (B, h, w).
     """
-    sums = _Sums()
-    # Of every layer, whichever are scored: the onset compares with all that come before.
-    norms = {x.name: norm for x in program.layers if (norm := program.batch_norm_after(x.name))}
+    gathering = Gathering(program, layers)
     for images, labels in batches:
-        logits, maps = _add_batch(sums, program, images, labels, layers, norms)
-        if objects is not None and (found := objects()) is not None:
-            _add_objects(sums, maps, found)
+        found = gathering.add(images, labels, objects=objects() if objects else None)
         if on_batch is not None:
-            on_batch(logits, maps)
-    inside = {name: energy / sums.with_object for name, energy in sums.energies.items()}
-    drops = _drops(inside, layers)
-    drifts = {
-        name: drift(sums.outputs[name], norms[name]) for name in norms if name in sums.outputs
-    }
-    silent = {name: silent_channels(outputs) for name, outputs in sums.outputs.items()}
-    feeding = {name: program.feeding(name) & drifts.keys() for name in drifts}
-    started = onsets(drifts, feeding)
-    return [
-        replace(
-            _summarize(sums, layer, seed),
-            energy_inside=inside.get(layer.name, math.nan),
-            pointing_game=_ratio(sums.hits.get(layer.name, math.nan), sums.with_object),
-            energy_drop=drops.get(layer.name, math.nan),
-            drift=drifts.get(layer.name, math.nan),
-            drift_onset=started.get(layer.name, math.nan),
-            first_in_line=not feeding.get(layer.name),
-            silent_channels=silent.get(layer.name, math.nan),
+            on_batch(*found)
+    return gathering.scores(seed=seed)
+
+
+class Gathering:
+    """Evidence under way: sums over the images seen so far, and a few numbers of each.
+
+    Memory does not grow with the number of images but for one number per image and layer. A
+    gathering can be interrupted (`state`, `restore`) and shared by several processes (`share`).
+
+    Args:
+        layers: Which layers to score.
+    """
+
+    def __init__(self, program: Program, layers: Sequence[Layer]) -> None:
+        self._program = program
+        self._layers = list(layers)
+        # Of every layer, whichever are scored: the onset compares with all that come before.
+        self._norms = {
+            x.name: norm for x in program.layers if (norm := program.batch_norm_after(x.name))
+        }
+        scored = [layer.name for layer in layers]
+        self._scored = frozenset(scored)
+        self._watched = list(dict.fromkeys([*scored, *self._norms]))
+        self._with_maps = [layer.name for layer in layers if layer.has_maps]
+        self._gradients: dict[str, _Gradients] = {}
+        self._outputs: dict[str, ChannelSums] = {}
+        self._energies = dict.fromkeys(self._with_maps, 0.0)
+        self._hits = dict.fromkeys(self._with_maps, 0)
+        self._with_object = 0
+        # Of each image: right, p of the true class, S by layer. And where it stands among all.
+        self._rows: list[Tensor] = []
+        self._keys: list[Tensor] = []
+
+    def add(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        objects: Objects | None = None,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add a batch; return its logits (B, K) and its maps of the true class by layer (B, h, w).
+
+        Args:
+            images: Normalized, (B, 3, H, W), with labels (B,).
+            objects: Where their objects are.
+            keys: Where they stand among the images of all processes, int64 (B,); in the order in
+                which they come when None.
+        """
+        with torch.enable_grad():
+            calls, logits = self._program.calls(images, self._watched)
+            margins = error_margins(logits, labels)
+            score = target_scores(logits, labels)
+        right = logits.detach().argmax(dim=1) == labels
+        self._prepare(calls)
+        own = [call for call in calls if call.layer in self._scored]
+        asked = _gradients_by(margins.sum(), own, retain_graph=True)
+        for name, uses in groupby(zip(own, asked, strict=True), key=lambda use: use[0].layer):
+            self._gradients[name].add(list(uses), margins.detach(), right)
+        del asked  # as large as all outputs together, and so are the next ones
+        last = {call.layer: call for call in calls}
+        for name in self._watched:
+            self._outputs[name].add(_channels_second(last[name].outputs.detach()))
+        by_activation = _gradients_by(score, [last[name] for name in self._with_maps])
+        maps: dict[str, Tensor] = {}
+        for name, gradient in zip(self._with_maps, by_activation, strict=True):
+            raw = layer_map(self._program.layer(name), last[name].outputs.detach(), gradient)
+            maps[name] = normalize_maps(raw)
+        logits = logits.detach()
+        true = logits.softmax(dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
+        means = [maps[name].mean(dim=(1, 2)) for name in self._with_maps]
+        self._rows.append(torch.stack([right.to(true), true, *means], dim=1).cpu())
+        if keys is None:
+            keys = torch.arange(len(images)) + sum(map(len, self._keys))
+        self._keys.append(keys)
+        if objects is not None:
+            self._add_objects(maps, objects)
+        return logits, maps
+
+    def scores(self, *, seed: int) -> list[LayerEvidence]:
+        """Return the scores of every layer over the images so far.
+
+        Args:
+            seed: Of the bootstrap over images.
+        """
+        inside = {}
+        if self._with_object:
+            inside = {name: of / self._with_object for name, of in self._energies.items()}
+        drops = _drops(inside, self._layers)
+        drifts = {
+            name: drift(self._outputs[name], norm)
+            for name, norm in self._norms.items()
+            if name in self._outputs
+        }
+        silent = {name: silent_channels(outputs) for name, outputs in self._outputs.items()}
+        feeding = {name: self._program.feeding(name) & drifts.keys() for name in drifts}
+        started = onsets(drifts, feeding)
+        rows = self._ordered_rows()
+        return [
+            replace(
+                self._summarize(layer, rows, seed),
+                energy_inside=inside.get(layer.name, math.nan),
+                pointing_game=_ratio(self._hits.get(layer.name, math.nan), self._with_object),
+                energy_drop=drops.get(layer.name, math.nan),
+                drift=drifts.get(layer.name, math.nan),
+                drift_onset=started.get(layer.name, math.nan),
+                first_in_line=not feeding.get(layer.name),
+                silent_channels=silent.get(layer.name, math.nan),
+            )
+            for layer in self._layers
+        ]
+
+    # ---------------------------------------------------------------- interrupted, and shared
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much `state` holds."""
+        sums = sum(of.sums.numel() * of.sums.element_size() for of in self._gradients.values())
+        return sums + sum(rows.numel() * rows.element_size() for rows in self._rows)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that was gathered so far, for `restore`: tensors and plain values."""
+        self._rows, self._keys = _joined(self._rows), _joined(self._keys)
+        return {
+            "gradients": {name: vars(of) for name, of in self._gradients.items()},
+            "outputs": {name: vars(of) for name, of in self._outputs.items()},
+            "energies": self._energies,
+            "hits": self._hits,
+            "with_object": self._with_object,
+            "rows": self._rows,
+            "keys": self._keys,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        device = self._program.device
+        self._gradients = {
+            name: _Gradients(**{**of, "sums": of["sums"].to(device)})
+            for name, of in state["gradients"].items()
+        }
+        self._outputs = {
+            name: ChannelSums(of["mean"].to(device), of["squares"].to(device), of["count"])
+            for name, of in state["outputs"].items()
+        }
+        self._energies, self._hits = dict(state["energies"]), dict(state["hits"])
+        self._with_object = state["with_object"]
+        self._rows, self._keys = list(state["rows"]), list(state["keys"])
+
+    def share(self, team: Team) -> None:
+        """Add up what the processes of a team have gathered; the first one has all of it then."""
+        if team.alone:
+            return
+        if not self._outputs:  # this process had no image at all: nothing of everything
+            blank = torch.zeros(1, 3, *self._program.input_size, dtype=self._program.dtype)
+            calls, _ = self._program.calls(blank.to(self._program.device), self._watched)
+            self._prepare(calls)
+        for of in self._gradients.values():
+            (of.sums,) = team.sums([of.sums])
+            counts = torch.tensor([of.squares, float(of.directed)], dtype=torch.float64)
+            of.squares, directed = team.sums([counts])[0].tolist()
+            of.directed = round(directed)
+        for outputs in self._outputs.values():
+            _share_channels(outputs, team)
+        held = [
+            *self._energies.values(),
+            *map(float, self._hits.values()),
+            float(self._with_object),
+        ]
+        (found,) = team.sums([torch.tensor(held, dtype=torch.float64)])
+        *values, with_object = found.tolist()
+        names = self._with_maps
+        self._energies = dict(zip(names, values[: len(names)], strict=True))
+        self._hits = dict(zip(names, map(round, values[len(names) :]), strict=True))
+        self._with_object = round(with_object)
+        parts = team.gathered((_joined(self._rows), _joined(self._keys)))
+        self._rows = [rows for part, _ in parts for rows in part]
+        self._keys = [keys for _, part in parts for keys in part]
+
+    # ---------------------------------------------------------------- parts of a batch
+
+    def _prepare(self, calls: Sequence[Call]) -> None:
+        """Start the sums of layers that have none yet."""
+        for call in calls:
+            if call.layer in self._scored and call.layer not in self._gradients:
+                self._gradients[call.layer] = _Gradients.empty(call)
+            if call.layer not in self._outputs:
+                channels = _channels_second(call.outputs).shape[1]
+                self._outputs[call.layer] = ChannelSums.empty(channels, call.outputs.device)
+
+    def _add_objects(self, maps: Mapping[str, Tensor], objects: Objects) -> None:
+        masks = objects.masks.double()  # once, not for every layer
+        self._with_object += len(objects.rows)
+        for name, found in maps.items():
+            chosen = found[objects.rows]
+            self._energies[name] += float(energy_inside(chosen, masks).sum())
+            self._hits[name] += int(pointing_hits(chosen, masks).sum())
+
+    def _ordered_rows(self) -> np.ndarray | None:
+        """Return the numbers of each image in the order of their keys, None without images."""
+        if not self._rows:
+            return None
+        order = torch.cat(self._keys).argsort()
+        return torch.cat(self._rows)[order].numpy()
+
+    def _summarize(self, layer: Layer, rows: np.ndarray | None, seed: int) -> LayerEvidence:
+        if rows is None:
+            return _no_evidence(layer)
+        right = rows[:, 0] > 0
+        gradients = self._gradients[layer.name]
+        signal = gradients.signal(len(right))
+        nan = float("nan")
+        map_mean_right = map_mean_wrong = penalty = nan
+        separation = Interval(value=nan, low=nan, high=nan)
+        if layer.name in self._with_maps:
+            lit = rows[:, 2 + self._with_maps.index(layer.name)].astype(np.float64)
+            error = 1 - rows[:, 1].astype(np.float64)
+            map_mean_right = float(lit[right].mean()) if right.any() else nan
+            map_mean_wrong = float(lit[~right].mean()) if not right.all() else nan
+            separation = auroc(-lit, ~right, seed=seed)
+            penalty = float(np.mean(error * (1 - lit) + lit * (1 - error)))  # Eq. 5 + Eq. 6
+        return LayerEvidence(
+            layer=layer,
+            gradient_norm=signal**0.5,
+            relative_gradient_norm=_ratio(signal**0.5, gradients.weight_norm),
+            gradient_snr=_ratio(signal, gradients.noise(len(right))),
+            gradient_agreement=gradients.agreement(),
+            gradient_conflict=gradients.conflict(),
+            map_mean_right=map_mean_right,
+            map_mean_wrong=map_mean_wrong,
+            map_auroc=separation,
+            penalty=penalty,
         )
-        for layer in layers
-    ]
 
 
-def _add_batch(
-    sums: _Sums,
-    program: Program,
-    images: Tensor,
-    labels: Tensor,
-    layers: list[Layer],
-    norms: Mapping[str, BatchNorm],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    scored = [layer.name for layer in layers]
-    with_maps = [layer.name for layer in layers if layer.has_maps]
-    with torch.enable_grad():
-        calls, logits = program.calls(images, list(dict.fromkeys([*scored, *norms])))
-        margins = error_margins(logits, labels)
-        score = target_scores(logits, labels)
-    right = logits.detach().argmax(dim=1) == labels
-    own = [call for call in calls if call.layer in set(scored)]
-    asked = _gradients_by(margins.sum(), own, retain_graph=True)
-    for name, uses in groupby(zip(own, asked, strict=True), key=lambda use: use[0].layer):
-        together = list(uses)
-        if name not in sums.gradients:
-            sums.gradients[name] = _Gradients.empty(together[0][0])
-        sums.gradients[name].add(together, margins.detach(), right)
-    del asked  # as large as all outputs together, and so are the next ones
-    last = {call.layer: call for call in calls}
-    for name in dict.fromkeys([*scored, *norms]):
-        output = last[name].outputs.detach()
-        if output.dim() == 3:  # a linear layer's tokens, (B, tokens, C)
-            output = output.transpose(1, 2)
-        if name not in sums.outputs:
-            sums.outputs[name] = ChannelSums.empty(output.shape[1], output.device)
-        sums.outputs[name].add(output)
-    by_activation = _gradients_by(score, [last[name] for name in with_maps])
-    maps: dict[str, Tensor] = {}
-    for name, gradient in zip(with_maps, by_activation, strict=True):
-        raw = layer_map(program.layer(name), last[name].outputs.detach(), gradient)
-        maps[name] = normalize_maps(raw)
-        sums.map_means.setdefault(name, []).append(maps[name].mean(dim=(1, 2)).cpu())
-    logits = logits.detach()
-    probabilities = logits.softmax(dim=1)
-    sums.true_probabilities.append(probabilities.gather(1, labels.unsqueeze(1)).squeeze(1).cpu())
-    sums.right.append(right.cpu())
-    return logits, maps
+def _channels_second(outputs: Tensor) -> Tensor:
+    """Return a layer's outputs as (B, C, ...), those of a linear layer's tokens too."""
+    return outputs.transpose(1, 2) if outputs.dim() == 3 else outputs  # from (B, tokens, C)
 
 
-def _add_objects(sums: _Sums, maps: Mapping[str, Tensor], objects: Objects) -> None:
-    masks = objects.masks.double()  # once, not for every layer
-    sums.with_object += len(objects.rows)
-    for name, found in maps.items():
-        chosen = found[objects.rows]
-        energy = float(energy_inside(chosen, masks).sum())
-        sums.energies[name] = sums.energies.get(name, 0.0) + energy
-        sums.hits[name] = sums.hits.get(name, 0) + int(pointing_hits(chosen, masks).sum())
+def _joined(parts: list[Tensor]) -> list[Tensor]:
+    return [torch.cat(parts)] if parts else []
+
+
+def _share_channels(outputs: ChannelSums, team: Team) -> None:
+    """Merge the processes' means and variances, as `ChannelSums` merges batches."""
+    count, weighed = team.sums(
+        [outputs.mean.new_tensor(float(outputs.count)), outputs.mean * outputs.count]
+    )
+    mean = weighed / count.clamp(min=1)
+    own = outputs.squares + outputs.count * (outputs.mean - mean) ** 2
+    (outputs.squares,) = team.sums([own])
+    outputs.mean, outputs.count = mean, round(float(count))
 
 
 def _drops(inside: Mapping[str, float], layers: Iterable[Layer]) -> dict[str, float]:
@@ -283,36 +445,6 @@ def _gradients_by(
         return ()
     outputs = [call.outputs for call in calls]
     return torch.autograd.grad(score, outputs, retain_graph=retain_graph)
-
-
-def _summarize(sums: _Sums, layer: Layer, seed: int) -> LayerEvidence:
-    if not sums.right:
-        return _no_evidence(layer)
-    right = torch.cat(sums.right).numpy()
-    gradients = sums.gradients[layer.name]
-    signal = gradients.signal(len(right))
-    nan = float("nan")
-    map_mean_right = map_mean_wrong = penalty = nan
-    separation = Interval(value=nan, low=nan, high=nan)
-    if layer.name in sums.map_means:
-        lit = torch.cat(sums.map_means[layer.name]).double().numpy()
-        error = 1 - torch.cat(sums.true_probabilities).double().numpy()
-        map_mean_right = float(lit[right].mean()) if right.any() else nan
-        map_mean_wrong = float(lit[~right].mean()) if not right.all() else nan
-        separation = auroc(-lit, ~right, seed=seed)
-        penalty = float(np.mean(error * (1 - lit) + lit * (1 - error)))  # Eq. 5 + Eq. 6
-    return LayerEvidence(
-        layer=layer,
-        gradient_norm=signal**0.5,
-        relative_gradient_norm=_ratio(signal**0.5, gradients.weight_norm),
-        gradient_snr=_ratio(signal, gradients.noise(len(right))),
-        gradient_agreement=gradients.agreement(),
-        gradient_conflict=gradients.conflict(),
-        map_mean_right=map_mean_right,
-        map_mean_wrong=map_mean_wrong,
-        map_auroc=separation,
-        penalty=penalty,
-    )
 
 
 def _no_evidence(layer: Layer) -> LayerEvidence:

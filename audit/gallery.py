@@ -40,6 +40,7 @@ __all__ = [
 COLOR_MAP = "magma"
 DRAWN_SIDE = 64  # pixels that a map has at least as it is drawn
 GRID_CELLS = 12  # a side, of the values that the pointer finds on a card
+LARGEST_PICTURE = 4096 * 4096
 Outcome = Literal["right", "wrong", "fixed", "broken", "unknown"]
 
 
@@ -208,9 +209,18 @@ def read_pixels(path: Path) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise RunError(f"gallery picture {path.name} is no regular file")
+        with Image.open(path, formats=("PNG",)) as picture:
+            if picture.width * picture.height > LARGEST_PICTURE:
+                raise RunError(
+                    f"gallery picture {path.name} has {picture.width} x {picture.height} pixels, "
+                    "more than any network takes; scan again"
+                )
             return np.asarray(picture.convert("RGB"))
-    except OSError as error:
+    except RunError:
+        raise
+    except Exception as error:  # Pillow raises of every kind
         raise RunError(f"gallery picture {path.name} cannot be read: {error}") from error
 
 

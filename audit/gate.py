@@ -15,6 +15,7 @@ from typing import Any
 
 from audit.criteria import CRITERIA, OF_A_REPAIR, Criterion, Kind, Measured, Sense, Subject
 from audit.errors import RunError, UsageError
+from audit.record_shapes import reading
 from audit.runs import RepairFolder, Run
 
 __all__ = ["SPLITS", "GateConfig", "GateResult", "Limits", "Outcome", "gate"]
@@ -165,19 +166,22 @@ def gate(run: Run, config: GateConfig) -> GateResult:
     repair = _accepted_repair(run) if config.repair else None
     split = config.split or ("test" if repair else "all")
     subject = Subject(run=run, repair=repair, split=split, confident=config.confident)
+    with reading(run.path):
+        outcomes = tuple(
+            _outcome(CRITERIA[name], limit, subject) for name, limit in config.limits.asked.items()
+        )
     return GateResult(
         run=str(run.path),
         repair=repair.name if repair else None,
         split=split,
         confident=config.confident,
-        outcomes=tuple(
-            _outcome(CRITERIA[name], limit, subject) for name, limit in config.limits.asked.items()
-        ),
+        outcomes=outcomes,
     )
 
 
 def _outcome(criterion: Criterion, limit: float, subject: Subject) -> Outcome:
     measured = criterion.measure(subject)
+    _check_possible(criterion, measured, subject)
     nearer = measured.low if criterion.sense == "min" else measured.high
     bounded = subject.confident and nearer is not None
     return Outcome(
@@ -189,6 +193,19 @@ def _outcome(criterion: Criterion, limit: float, subject: Subject) -> Outcome:
         measured=measured,
         judged=nearer if bounded and nearer is not None else measured.value,
     )
+
+
+def _check_possible(criterion: Criterion, measured: Measured, subject: Subject) -> None:
+    """Raise RunError where a number cannot be one: a gate has no opinion on a damaged run."""
+    for number in (measured.value, measured.low, measured.high):
+        if number is None:
+            continue
+        highest = 1.0 if criterion.kind == "share" else math.inf
+        if not isinstance(number, int | float) or not 0 <= number <= highest:
+            raise RunError(
+                f"{criterion.title} of {subject.run.name} is {number!r}, which it cannot be; the "
+                "run is damaged: scan again"
+            )
 
 
 def _accepted_repair(run: Run) -> RepairFolder:

@@ -150,22 +150,23 @@ def judge_maps(scores: MapScores, *, with_masks: bool, threshold: float) -> MapA
 
 
 def image_columns(
-    scores: MapScores, accuracy: MapAccuracy | None, right: np.ndarray
-) -> list[dict[str, Any]]:
-    """Return the columns that every image's row gets, by position."""
-    accurate = accuracy.accurate if accuracy else (None,) * len(right)
-    cases = assign_cases(right, accurate)
-    return [
-        {
-            "case": cases[i],
-            "map_accurate": accurate[i],
-            "map_energy_inside": float(scores.energy[i]),
-            "map_pointing_hit": None if np.isnan(scores.hit[i]) else bool(scores.hit[i]),
-            "mask_area": float(scores.area[i]),
-            "map_faithfulness": float(scores.faithfulness[i]),
-        }
-        for i in range(len(right))
-    ]
+    scores: MapScores, accuracy: MapAccuracy | None, right: np.ndarray, kept: np.ndarray
+) -> dict[str, Any]:
+    """Return the columns of the images' table that tell of their maps.
+
+    Args:
+        right: Whether each image of the folder was right, bool (N,).
+        kept: Positions of the images in the table.
+    """
+    accurate = [accuracy.accurate[i] if accuracy else None for i in kept]
+    return {
+        "case": assign_cases(right[kept], accurate),
+        "map_accurate": accurate,
+        "map_energy_inside": scores.energy[kept],
+        "map_pointing_hit": [None if np.isnan(hit) else bool(hit) for hit in scores.hit[kept]],
+        "mask_area": scores.area[kept],
+        "map_faithfulness": scores.faithfulness[kept],
+    }
 
 
 def case_record(

@@ -25,6 +25,7 @@ from audit.gallery import Card, card
 from audit.group_cards import GroupCard, group_cards, groups_note
 from audit.layers_section import layers_section
 from audit.open_points import open_points
+from audit.record_shapes import reading
 from audit.rendering import Forest, forest, page
 from audit.runs import RepairFolder, Run
 from audit.training_curves import Curves, training_curves
@@ -85,7 +86,9 @@ def write_report(run: Run, output: Path | None = None) -> Path:
         output: The file to write; `report.html` in the run folder where none is given.
     """
     output = output or run.path / "report.html"
-    write_text(output, page("report.html", **_context(run)))
+    with reading(run.path):
+        text = page("report.html", **_context(run))
+    write_text(output, text)
     return output
 
 
@@ -176,7 +179,8 @@ def _context(run: Run) -> dict[str, Any]:
 
     def attempt(read: Callable[[], T], otherwise: T) -> T:
         try:
-            return read()
+            with reading(run.path):
+                return read()
         except RunError as error:
             notices.append(str(error))
             return otherwise

@@ -14,7 +14,11 @@ a listing. Nothing here needs torch.
 from __future__ import annotations
 
 import io
+import os
 import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +31,7 @@ import numpy as np
 
 from audit.errors import RunError
 from audit.files import read_json, write_arrays, write_bytes, write_json, write_table
+from audit.record_shapes import check_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,9 +58,19 @@ SCHEMA_VERSION = 1
 Columns = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 When = Literal["before", "after"]
 
+FEWEST_ROWS = 10_000  # that a table may have whatever its size
+LARGEST_ARRAYS = 2**30
+
+# How the readers of .npz files say that one is damaged.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, EOFError, NotImplementedError, MemoryError, OverflowError),
+    *(TypeError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError),
+)
+
 _STAMP = re.compile(r"\d{8}T\d{6}Z-")
 
 _TEXT, _INT, _REAL, _FLAG = "string", "int32", "float64", "bool"
+_KINDS = {_INT: "i", _REAL: "f", _FLAG: "b"}  # as NumPy calls them
 
 RUN_IMAGES = {
     "path": _TEXT,
@@ -272,7 +287,7 @@ class _Folder:
         """The index of the maps: `images`, `layers`, `methods`; empty lists where there is none."""
         index = self.path / "maps" / "index.json"
         empty: dict[str, Any] = {"images": [], "layers": [], "methods": []}
-        return {**empty, **read_json(index)} if index.is_file() else empty
+        return {**empty, **_read_document(index)} if index.is_file() else empty
 
     def gallery_image(self, image_id: str) -> Path:
         """Return where the picture of one gallery image lies, as the network saw it."""
@@ -287,15 +302,18 @@ class _Folder:
             held = ", ".join(map(str, self.gallery["layers"])) or "none"
             raise RunError(f"no {method} maps of {layer} in {_shown(self.path)}; layers: {held}")
         try:
+            _check_arrays(path)
             with np.load(path, allow_pickle=False) as arrays:
-                return np.asarray(arrays["maps"], dtype=np.float32)
-        except (OSError, ValueError, KeyError, EOFError) as error:
+                return _stack_of_maps(arrays["maps"])
+        except _UNREADABLE as error:
             raise _damaged(path, error) from error
 
     def _table(self, name: str, schema: Mapping[str, str]) -> pd.DataFrame:
         table = self._columns(name, schema)
-        further = [name for name in table.column_names if name not in schema]
-        return table.select([*schema, *further]).to_pandas()
+        try:
+            return table.select(_in_order(table.column_names, schema)).to_pandas()
+        except (ValueError, MemoryError, OverflowError) as error:  # Arrow's own are ValueErrors
+            raise _damaged(self.path / name, error) from error
 
     def _columns(
         self, name: str, schema: Mapping[str, str], wanted: Sequence[str] | None = None
@@ -308,21 +326,32 @@ class _Folder:
         import pyarrow.parquet as pq
 
         try:
+            self._check_table_size(path, pq.read_metadata(path).num_rows)
             with pq.ParquetFile(path) as file:
                 held = file.schema_arrow.names
                 missing = sorted(set(schema) - set(held) - ADDED_LATER)
                 if missing:
                     lacks = f"{_shown(path)} lacks the columns {', '.join(missing)}; scan again"
                     raise RunError(lacks)
-                table = file.read(
-                    columns=None if wanted is None else [one for one in wanted if one in held]
-                )
-        except (OSError, pa.ArrowException) as error:
+                read = None if wanted is None else [one for one in wanted if one in held]
+                table = file.read(columns=read)
+            for column in [one for one in wanted or schema if one not in held]:
+                unknown = pa.nulls(len(table), pa.type_for_alias(schema[column]))
+                table = table.append_column(column, unknown)
+            for place, column in enumerate(table.column_names):
+                if column in schema:
+                    kind = pa.type_for_alias(schema[column])
+                    table = table.set_column(place, column, table.column(column).cast(kind))
+            return table if wanted is None else table.select(list(wanted))
+        except (OSError, pa.ArrowException, ValueError, MemoryError, OverflowError) as error:
             raise _damaged(path, error) from error
-        for column in [one for one in wanted or schema if one not in held]:
-            unknown = pa.nulls(len(table), pa.type_for_alias(schema[column]))
-            table = table.append_column(column, unknown)
-        return table if wanted is None else table.select(list(wanted))
+
+    def _check_table_size(self, path: Path, rows: int) -> None:
+        """Raise RunError where a table claims more rows than its bytes can hold, as a bomb does."""
+        if rows > max(FEWEST_ROWS, path.stat().st_size):
+            raise RunError(
+                f"{_shown(path)} claims {rows:,} rows in {path.stat().st_size:,} bytes; scan again"
+            )
 
 
 F = TypeVar("F", bound=_Folder)
@@ -332,10 +361,11 @@ class Run(_Folder):
     """One scan: its record, tables, verdict, maps, and the repairs made from it."""
 
     record = "run.json"
+    _lock: int | None = None
 
     @cached_property
     def verdict(self) -> dict[str, Any]:
-        return read_json(self.path / "verdict.json")
+        return _read_document(self.path / "verdict.json")
 
     @cached_property
     def images(self) -> pd.DataFrame:
@@ -373,6 +403,52 @@ class Run(_Folder):
         """Return the gallery's maps of one layer, (N, h, w) float32 in [0, 1]."""
         return self._maps(method, layer, None)
 
+    def claim(self) -> bool:
+        """Return whether this process may write the run from here on; False while another does.
+
+        The claim ends with `release`, or with the process.
+        """
+        if os.name != "posix":
+            return True  # no lock that ends with its process; two at once are then up to the user
+        import fcntl
+
+        path = self.path / "progress" / "lock"
+        path.parent.mkdir(exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            return False
+        self._lock = lock
+        # Whoever held it may have finished the run in the meantime.
+        self.info = _read_record(self.path, self.record)
+        if self.status == "complete":
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give up the claim, where there is one."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Other processes of a team get the run without the claim to it."""
+        return {**vars(self), "_lock": None}
+
+    def begin(self) -> None:
+        """Write status `running`, as of a run that was never interrupted; clear what is half done.
+
+        Files that a killed process was writing bear names that nobody reads (`audit.files`).
+        """
+        for left in (found for found in self.path.rglob(".partial-*") if found.is_file()):
+            if "repairs" not in left.relative_to(self.path).parts:
+                left.unlink()
+        self.info.pop("failure", None)
+        self.write_info(status="running", finished_utc=None)
+
     def write_images(self, rows: Columns) -> None:
         """Write one row per image; columns of the schema that are not given become null."""
         write_table(self.path / "images.parquet", _to_table(rows, RUN_IMAGES))
@@ -396,7 +472,7 @@ class Run(_Folder):
         path = self.path / "groups.json"
         if not path.is_file():
             return {"groups": []}
-        document = read_json(path)
+        document = _read_document(path)
         if document.get("schema_version") != SCHEMA_VERSION:
             raise RunError(
                 f"{_shown(path)} has schema version {document.get('schema_version')!r}, this "
@@ -418,9 +494,10 @@ class Run(_Folder):
         if not path.is_file():
             raise RunError(f"{_shown(path)} is not there; scan again")
         try:
+            _check_arrays(path)
             with np.load(path, allow_pickle=False) as arrays:
-                return np.asarray(arrays[kind], dtype=np.float32)
-        except (OSError, ValueError, KeyError, EOFError) as error:
+                return _stack_of_maps(arrays[kind])
+        except _UNREADABLE as error:
             raise _damaged(path, error) from error
 
     def group_image(self, image_id: str) -> Path:
@@ -492,7 +569,7 @@ class RepairFolder(_Folder):
     def onnx(self) -> dict[str, Any] | None:
         """The export's proof, or None where nothing was exported."""
         path = self.path / "onnx.json"
-        return read_json(path) if path.is_file() else None
+        return _read_document(path) if path.is_file() else None
 
     @property
     def onnx_model(self) -> Path:
@@ -605,7 +682,10 @@ def _to_table(rows: Columns, schema: Mapping[str, str]) -> pa.Table:
     arrays = {}
     for name, kind in schema.items():
         values = columns.pop(name, [None] * length)
-        arrays[name] = pa.array(_plain(values), type=pa.type_for_alias(kind), from_pandas=True)
+        typed = pa.type_for_alias(kind)
+        # Arrays of the column's own kind as they are: lists of a million numbers take much memory.
+        alike = isinstance(values, np.ndarray) and values.dtype.kind == _KINDS.get(kind)
+        arrays[name] = pa.array(values if alike else _plain(values), typed, from_pandas=True)
     arrays |= {name: pa.array(_plain(values), from_pandas=True) for name, values in columns.items()}
     return pa.table(arrays)
 
@@ -644,12 +724,18 @@ def _survey(root: Path, kind: type[F]) -> tuple[list[F], list[DamagedFolder]]:
     return readable, damaged
 
 
+def _read_document(path: Path) -> dict[str, Any]:
+    document = read_json(path)
+    check_record(document, path)
+    return document
+
+
 def _read_record(path: Path, name: str) -> dict[str, Any]:
     if not path.is_dir():
         raise RunError(f"no run at {_shown(path)}; start with `audit scan MODEL --data DIR`")
     if not (path / name).is_file():
         raise RunError(f"{_shown(path)} has no {name}: never finished starting, or not a run")
-    record = read_json(path / name)
+    record = _read_document(path / name)
     version = record.get("schema_version")
     if not isinstance(version, int) or version < 1:
         raise RunError(f"{_shown(path / name)} has schema version {version!r}, expected a number")
@@ -683,6 +769,25 @@ def _create_folder(root: Path, name: str) -> Path:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _in_order(names: Sequence[str], schema: Mapping[str, str]) -> list[str]:
+    """Return the columns of the schema, then whatever else a table has."""
+    return [*schema, *(name for name in names if name not in schema)]
+
+
+def _stack_of_maps(values: np.ndarray) -> np.ndarray:
+    if values.ndim != 3 or values.dtype.kind != "f" or 0 in values.shape[1:]:
+        raise ValueError(f"{values.dtype} of shape {values.shape}, expected maps (N, h, w)")
+    return np.asarray(values, dtype=np.float32)
+
+
+def _check_arrays(path: Path) -> None:
+    """Raise ValueError where an archive of arrays unpacks to more than any gallery needs."""
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(entry.file_size for entry in archive.infolist())
+    if claimed > LARGEST_ARRAYS:
+        raise ValueError(f"it unpacks to {claimed:,} bytes")
 
 
 def _shown(path: Path) -> str:

@@ -22,7 +22,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from torch import Tensor
 from audit.networks.layers import Layer
 from audit.networks.program import Program, Split
 from audit.statistics import Interval
+
+if TYPE_CHECKING:
+    from audit.checkpoints import Checkpoint
 
 __all__ = [
     "CHANNEL_TRIAL",
@@ -132,6 +135,7 @@ def trial_repairs(
     promising: Sequence[str] = (),
     favored: Collection[str] = (),
     on_steps: Callable[[int], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[TrialRepair]:
     """Return one trial repair per layer, in the order of the layers.
 
@@ -145,14 +149,17 @@ def trial_repairs(
         promising: Names of the layers, those first that a budget should reach; as given without.
         favored: Names of layers that stay in to the last round whatever they gain.
         on_steps: Called with the number of steps whenever a layer's part of a round is over.
+        checkpoint: Where interrupted trials are kept, and go on from.
     """
-    started_s = time.perf_counter()
+    earlier = checkpoint.earlier if checkpoint else None
+    started_s = time.perf_counter() - (earlier["spent_s"] if earlier else 0.0)
     learning = len(images)
-    every_image = torch.cat([images, held_out_images])
+    # Channels last is 1.4 to 1.7 times as fast on a CPU.
+    every_image = torch.cat([images, held_out_images]).contiguous(memory_format=torch.channels_last)
     halves = np.random.default_rng(seed).permutation(len(held_out_images)) % 2
     with torch.no_grad():
         parts = _parts(len(held_out_images), config.batch_size)
-        logits = torch.cat([program.logits(held_out_images[part]) for part in parts])
+        logits = torch.cat([program.logits(every_image[learning:][part]) for part in parts])
     forward_s = (time.perf_counter() - started_s) / len(held_out_images)
     before = _judge_logits(logits, held_out_labels)
     entrants = _affordable(
@@ -162,10 +169,26 @@ def trial_repairs(
         learning=learning,
         judging=len(held_out_images),
     )
+    if earlier:
+        entrants = list(earlier["trials"])
     trials = {name: _Trial(program.split(name), config, halves) for name in entrants}
     done = 0
-    for steps in config.rounds:
-        for name, crossing in program.prefixes(every_image, entrants):
+    if earlier:
+        done, entrants = earlier["done"], earlier["entrants"]
+        for name, state in earlier["trials"].items():
+            trials[name].restore(state)
+
+    def keep() -> None:
+        if checkpoint is not None:
+            states = {name: trial.state(name in entrants) for name, trial in trials.items()}
+            spent_s = time.perf_counter() - started_s
+            checkpoint.save(
+                {"spent_s": spent_s, "done": done, "entrants": entrants, "trials": states}
+            )
+
+    for steps in [steps for steps in config.rounds if steps > done]:
+        waiting = [name for name in entrants if trials[name].steps < steps]
+        for name, crossing in program.prefixes(every_image, waiting):
             if steps == config.rounds[0] and _spent(started_s, config):
                 break
             trials[name].advance(
@@ -177,10 +200,15 @@ def trial_repairs(
             )
             if on_steps is not None:
                 on_steps(steps - done)
+            if checkpoint is not None and checkpoint.due(
+                sum(t.size_bytes for t in trials.values())
+            ):
+                keep()
         left_s = math.inf if config.budget_s is None else config.budget_s
         left_s -= time.perf_counter() - started_s
         entrants = _next_entrants(trials, entrants, steps, config, favored, left_s)
         done = steps
+        keep()
     tried = [trials[layer.name] for layer in layers if layer.name in trials]
     return [trial.repair(before, seed) for trial in tried if trial.steps]
 
@@ -299,6 +327,18 @@ class _Run:
             found[self._bias] = found[self._bias] * factor + unit * leaves["shift"]
         return found
 
+    def state(self) -> dict[str, Any]:
+        """Return how far it is, for `restore`."""
+        leaves = {name: value.detach() for name, value in self.leaves.items()}
+        return {"steps": self.steps, "leaves": leaves, "adam": self._optimizer.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+        with torch.no_grad():
+            for name, value in self.leaves.items():
+                value.copy_(state["leaves"][name])
+        self._optimizer.load_state_dict(state["adam"])
+
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Take one Adam step."""
         for value, gradient in zip(self.leaves.values(), gradients, strict=True):
@@ -349,7 +389,8 @@ class _Trial:
             while run.steps < steps:
                 run.step(self._gradients(run, crossing, labels))
         self._judged = {
-            size: self._judge(run, held_out, held_out_labels) for size, run in self._runs.items()
+            size: self._judge(run, held_out, held_out_labels, self._judges(size))
+            for size, run in self._runs.items()
         }
         self.steps = steps
         if before == 0:
@@ -358,6 +399,40 @@ class _Trial:
         self._errors.append(self.error)
         # The first round tries every step size; its seconds are an upper bound for later ones.
         self.seconds_a_step = (time.perf_counter() - started_s) / (steps - before)
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much `state` holds: the leaves and two moments of each."""
+        leaves = (value for run in self._runs.values() for value in run.leaves.values())
+        return 3 * sum(value.numel() * value.element_size() for value in leaves)
+
+    def state(self, goes_on: bool) -> dict[str, Any]:
+        """Return how far it is, for `restore`; without its weights where it does not go on."""
+        return {
+            "steps": self.steps,
+            "error": self.error,
+            "seconds_a_step": self.seconds_a_step,
+            "chosen": self._chosen,
+            "errors": self._errors,
+            "judged": {
+                size: (torch.from_numpy(of.cross_entropies), torch.from_numpy(of.right))
+                for size, of in self._judged.items()
+            },
+            "runs": {size: run.state() for size, run in self._runs.items()} if goes_on else {},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.steps, self.error = state["steps"], state["error"]
+        self.seconds_a_step = state["seconds_a_step"]
+        self._chosen, self._errors = state["chosen"], list(state["errors"])
+        self._judged = {
+            size: _Judged(entropies.numpy(), right.numpy())
+            for size, (entropies, right) in state["judged"].items()
+        }
+        self._runs = {size: _Run(self._split, self._config, size) for size in state["runs"]}
+        for size, run in self._runs.items():
+            run.restore(state["runs"][size])
 
     def repair(self, before: _Judged, seed: int) -> TrialRepair:
         """Return what the trial has come to."""
@@ -408,7 +483,7 @@ class _Trial:
         leaves = {name: value.detach().requires_grad_() for name, value in run.leaves.items()}
         sums = [torch.zeros_like(value) for value in leaves.values()]
         for part in _parts(len(labels), self._config.batch_size):
-            logits = self._split.suffix([t[part] for t in crossing], run.parameters(leaves))
+            logits = self._split.folded_suffix([t[part] for t in crossing], run.parameters(leaves))
             loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(labels)
             for total, gradient in zip(
                 sums, torch.autograd.grad(loss, list(leaves.values())), strict=True
@@ -416,16 +491,32 @@ class _Trial:
                 total += gradient
         return sums
 
-    def _judge(self, run: _Run, held_out: Sequence[Tensor], labels: Tensor) -> _Judged:
+    def _judges(self, size: float) -> np.ndarray:
+        """Return the held-out images that judge a size: all, until they have made their choice;
+        from then on those for which it was chosen."""
+        if math.isnan(self._chosen[0]):
+            return np.arange(len(self._halves))
+        return np.flatnonzero(np.array(self._chosen)[self._halves] == size)
+
+    def _judge(
+        self, run: _Run, held_out: Sequence[Tensor], labels: Tensor, judges: np.ndarray
+    ) -> _Judged:
+        """Return what the held-out images in these rows come to; the others have NaN."""
+        rows = torch.from_numpy(judges).to(labels.device)
+        if len(rows) < len(labels):
+            held_out = [tensor[rows] for tensor in held_out]
         with torch.no_grad():
             parameters = run.parameters(run.leaves)
             logits = torch.cat(
                 [
-                    self._split.suffix([tensor[part] for tensor in held_out], parameters)
-                    for part in _parts(len(labels), self._config.batch_size)
+                    self._split.folded_suffix([tensor[part] for tensor in held_out], parameters)
+                    for part in _parts(len(rows), self._config.batch_size)
                 ]
             )
-        return _judge_logits(logits, labels)
+        judged = _judge_logits(logits, labels[rows])
+        cross_entropies, right = np.full(len(labels), np.nan), np.zeros(len(labels), dtype=bool)
+        cross_entropies[judges], right[judges] = judged.cross_entropies, judged.right
+        return _Judged(cross_entropies, right)
 
 
 def _parts(images: int, batch_size: int) -> list[slice]:

@@ -21,6 +21,7 @@ class Finished:
     arguments: list[str]
     stdout: str
     seconds: float
+    processor_seconds: float
     peak_memory_mib: float
 
     def json(self) -> dict[str, Any]:
@@ -54,5 +55,6 @@ def run_command(
         arguments=given,
         stdout=printed,
         seconds=seconds,
+        processor_seconds=usage.ru_utime + usage.ru_stime,
         peak_memory_mib=usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
     )

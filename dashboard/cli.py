@@ -16,6 +16,7 @@ import typer
 
 from audit.console import run_app
 from audit.errors import LayermendError, RunError
+from dashboard.study import STUDY_ONLY_VARIABLE, VOTES_VARIABLE
 
 __all__ = ["READ_ONLY_VARIABLE", "RUNS_VARIABLE", "app", "main", "streamlit_arguments"]
 
@@ -53,6 +54,22 @@ def dashboard(
     runs: Annotated[
         Path, typer.Argument(help="A run folder, or a folder of runs.", metavar="RUNS")
     ] = Path("runs"),
+    votes: Annotated[
+        str | None,
+        typer.Option(
+            envvar=VOTES_VARIABLE,
+            metavar="URL",
+            help="Database of the study's votes, such as postgresql://USER@HOST/NAME; "
+            "votes.sqlite in each run by default.",
+        ),
+    ] = None,
+    study_only: Annotated[
+        bool,
+        typer.Option(
+            "--study-only",
+            help="Show studies to those who hold a rater's link, and nothing else.",
+        ),
+    ] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
     host: Annotated[
         str,
@@ -62,9 +79,16 @@ def dashboard(
         bool, typer.Option("--read-only", help="Nobody can start a repair or an export.")
     ] = False,
 ) -> None:
-    """Look at scans and repairs in the browser."""
+    """Look at scans and repairs in the browser, and let colleagues vote."""
     if not runs.is_dir():
         raise RunError(f"no folder {runs}; start with `audit scan MODEL --data DIR`")
+    if votes:
+        from dashboard.study.store import check_url
+
+        check_url(votes)
+        os.environ[VOTES_VARIABLE] = votes
+    if study_only:
+        os.environ[STUDY_ONLY_VARIABLE] = "1"
     _require_free(host, port)
     os.environ[RUNS_VARIABLE] = str(runs.resolve())
     if read_only:

@@ -16,6 +16,7 @@ from pathlib import Path
 import streamlit as st
 
 from audit.errors import RunError
+from audit.record_shapes import reading
 from audit.rendering import part
 from audit.runs import DamagedFolder, RepairFolder, Run, list_damaged_runs, list_runs, open_run
 from audit.wording import count, moment
@@ -82,8 +83,10 @@ def selected() -> tuple[Run, RepairFolder | None]:
 @contextmanager
 def problems_shown() -> Iterator[None]:
     """Show what cannot be read as one line in its place; the rest of the page goes on."""
+    run, _ = st.session_state.get(_CHOICE) or (None, None)
     try:
-        yield
+        with reading(run.path if run else Path()):
+            yield
     except RunError as error:
         st.html(part("banner", "open", "This part cannot be shown.", [str(error)]))
 
@@ -91,7 +94,8 @@ def problems_shown() -> Iterator[None]:
 def aliases(run: Run) -> dict[str, str]:
     """Return the alias of each layer by its name; empty where they cannot be read."""
     try:
-        return run.aliases
+        with reading(run.path):
+            return run.aliases
     except RunError:  # the page of the layers says so
         return {}
 

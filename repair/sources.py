@@ -8,7 +8,7 @@ judge the repair.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 from audit.errors import RunError
 from audit.files import sha256_file
 from audit.images import ImageFolder, ImageRecord, SkippedFile, Split, open_image_folder
+from audit.images.records import SPLITS
 from audit.networks import open_network
+from audit.networks.card import check_class_names
+from audit.record_shapes import reading
 from audit.runs import Run
 
 if TYPE_CHECKING:
@@ -62,7 +65,7 @@ def open_scanned_network(
         RunError: The model is not there, or not the one that was scanned.
         NetworkError: It cannot be opened.
     """
-    recorded = _recorded(run, "model")
+    recorded = _recorded(run, "model", "source", "classes")
     source = model or str(recorded["source"])
     if ":" not in source and not Path(source).exists():
         raise RunError(
@@ -78,7 +81,12 @@ def open_scanned_network(
             f"{source} is not the model that {run.path} was made from (its hash differs); "
             "give the scanned one with --model, or scan this one"
         )
-    classes = tuple(map(str, recorded["classes"]))
+    classes = check_class_names(recorded["classes"])
+    if len(classes) != network.program.classes:
+        raise RunError(
+            f"{run.path} names {len(classes)} classes, the model has {network.program.classes} "
+            "outputs; run.json was changed: scan again"
+        )
     return replace(network, card=replace(network.card, classes=classes))
 
 
@@ -93,10 +101,11 @@ def open_scanned_images(
     Raises:
         RunError: None of them is there.
     """
-    recorded = _recorded(run, "data")
+    recorded = _recorded(run, "data", "root")
+    classes = len(_recorded(run, "model", "classes")["classes"])
     root = Path(data or str(recorded["root"])).absolute()
     records, changed = [], []
-    for row in run.images.itertuples():
+    for row in _known(run, classes):
         record = ImageRecord(
             path=str(row.path),
             label=int(row.label),
@@ -165,9 +174,26 @@ def positions(folder: ImageFolder, split: Split) -> tuple[int, ...]:
     return found
 
 
-def _recorded(run: Run, part: str) -> dict[str, Any]:
+def _known(run: Run, classes: int) -> Iterator[Any]:
+    """Yield the rows of the run's images.
+
+    Raises:
+        RunError: One has a class or a split that there is not.
+    """
+    for row in run.images.itertuples():
+        with reading(run.path):
+            fits = row.split in SPLITS and 0 <= int(row.label) < classes
+        if not fits:
+            raise RunError(
+                f"images.parquet of {run.path} has an image of the class {row.label!r} in the "
+                f"split {row.split!r}, which there is not; scan again"
+            )
+        yield row
+
+
+def _recorded(run: Run, part: str, *needed: str) -> dict[str, Any]:
     record = run.info.get(part)
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or any(record.get(name) is None for name in needed):
         raise RunError(
             f"{run.path} does not say which {part} it was made from (it is {run.status}); "
             "scan again"
@@ -178,9 +204,13 @@ def _recorded(run: Run, part: str) -> dict[str, Any]:
 def _difference(path: Path, sha256: str) -> str | None:
     """Return what is wrong with an image that the scan saw, None if it is the same."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            return "it is no regular file now"
         return None if sha256_file(path) == sha256 else "its content has changed since the scan"
     except OSError as error:
         return f"it cannot be read now: {error.strerror or error}"
+    except ValueError:  # a path with a zero byte
+        return "its path cannot be one"
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import lr_scheduler
 
+from audit.batches import BatchLimit
 from audit.errors import RunError
 from audit.files import replacing
 from audit.parallel import ALONE, Team
@@ -199,22 +200,29 @@ def train_layer(
 
 
 def predict(
-    split: Split, images: CrossingTensors, parameters: Mapping[str, Tensor] | None = None
+    split: Split,
+    images: CrossingTensors,
+    parameters: Mapping[str, Tensor] | None = None,
+    *,
+    limit: BatchLimit | None = None,
 ) -> tuple[Predictions, np.ndarray]:
     """Return what the network says about images, and their positions in the folder's records.
 
     Args:
         parameters: The layer's values; its present ones when None.
+        limit: How many images fit in memory; halved where they do not.
     """
-    chunks: list[tuple[Tensor, ...]] = []
+
+    def say(rows: slice) -> tuple[Tensor, ...]:
+        batch = images.batch(torch.arange(rows.start, rows.stop))
+        logits = split.suffix(batch.crossing, parameters)
+        sure, predicted = logits.double().softmax(dim=1).max(dim=1)
+        nats = cross_entropy(logits.double(), batch.labels)
+        said = (batch.labels, predicted, nats, sure, batch.positions)
+        return tuple(values.cpu() for values in said)
+
     with torch.no_grad():
-        for rows in _chunks(torch.arange(len(images)), EVALUATION_BATCH):
-            batch = images.batch(rows)
-            logits = split.suffix(batch.crossing, parameters)
-            sure, predicted = logits.double().softmax(dim=1).max(dim=1)
-            nats = cross_entropy(logits.double(), batch.labels)
-            said = (batch.labels, predicted, nats, sure, batch.positions)
-            chunks.append(tuple(values.cpu() for values in said))
+        chunks = list((limit or BatchLimit(EVALUATION_BATCH)).parts(say, len(images)))
     if not chunks:
         raise RunError("there is no image to judge the network on; scan more images")
     labels, classes, entropies, confidences, positions = (
@@ -252,13 +260,17 @@ def loss_terms(
         logits = split.suffix(crossing, parameters)
         return chosen.terms(_exact(logits), None, labels, config.penalty)
     by_image = config.saliency in ("guided-gradcam", "gradients")
-    if by_image and batch.images is None:
-        raise ValueError("gradients by the image need it; pass with_images to cross_tensors")
+    if by_image and batch.images is None and batch.gates is None:
+        raise ValueError(
+            "gradients by the image need it, or the prefix's gates; pass beside to cross_tensors"
+        )
     if chosen.looks_at == "gradients":
         images = batch.images if by_image else None
         maps, logits = trainable_gradients(split, crossing, parameters, images)
-    elif by_image and batch.images is not None:
-        maps, logits = trainable_guided_maps(split, batch.images, crossing, parameters, labels)
+    elif by_image:
+        maps, logits = trainable_guided_maps(
+            split, batch.images, crossing, parameters, labels, gates=batch.gates
+        )
     else:
         maps, logits = trainable_maps(split, crossing, parameters, labels)
     maps = _exact(maps).roll(rotation, dims=0)
@@ -288,6 +300,8 @@ class _Lesson:
     class_weights: Tensor | None
     surgical: bool
     team: Team
+    learning: BatchLimit = field(default_factory=BatchLimit)
+    judging: BatchLimit = field(default_factory=lambda: BatchLimit(EVALUATION_BATCH))
 
     @cached_property
     def total(self) -> int:
@@ -309,23 +323,23 @@ class _Lesson:
     ) -> tuple[list[Tensor], dict[str, float], int]:
         """Return the gradients of the mean loss of a whole batch, sums of its terms, its size.
 
+        A batch that does not fit in memory is learned from in parts, whose gradients add up.
+
         Raises:
             _DivergedError: Loss or gradients are not finite.
         """
         names = ("loss", "ce", "saliency_mean", "r1", "r2")
         found = [torch.zeros_like(leaf, requires_grad=False) for leaf in leaves.values()]
         sums = torch.zeros(len(names) + 2, dtype=found[0].dtype, device=found[0].device)
-        if len(batch.positions):
-            terms = self.terms(batch, leaves, step)
-            loss = self.weighed(terms, batch.labels).sum()
-            found = list(
-                torch.autograd.grad(
-                    loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-                )
-            )
-            own = _sums(terms)
-            values = [own.get(name, math.nan) for name in names]
-            sums = sums.new_tensor([*values, float(loss.detach()), len(batch.positions)])
+        images = len(batch.positions)
+        for part, own in self.learning.parts(
+            lambda rows: self._part(batch, rows, leaves, step), images
+        ):
+            # One part, the usual case, keeps its bits: nothing is added to it.
+            whole = len(own) and own["size"] == images
+            found = part if whole else [a + b for a, b in zip(found, part, strict=True)]
+            values = [own.get(name, math.nan) for name in (*names, "loss_sum", "size")]
+            sums = sums.new_tensor(values) if whole else sums + sums.new_tensor(values)
         *found, sums = self.team.sums([*found, sums])
         *values, loss_sum, size = sums.tolist()
         if not size:
@@ -335,12 +349,33 @@ class _Lesson:
         told = {n: v for n, v in zip(names, values, strict=True) if not math.isnan(v)}
         return mean, told, round(size)
 
-    def terms(self, batch: CrossingBatch, leaves: Mapping[str, Tensor], step: int) -> LossTerms:
-        """Return the loss terms of a batch in the given optimizer step, in mixed precision where
-        asked."""
+    def _part(
+        self, batch: CrossingBatch, rows: slice, leaves: Mapping[str, Tensor], step: int
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """Return the gradients of the summed loss of some of a batch's images, and sums of its
+        terms."""
+        images, part = len(batch.positions), rows.stop - rows.start
         rotation = 0
         if self.shuffled:
-            rotation = map_rotation(len(batch.positions), seed=self.config.seed, step=step)
+            rotation = map_rotation(images, seed=self.config.seed, step=step)
+        if part < images:
+            chosen = torch.arange(rows.start, rows.stop)
+            if rotation:  # the images whose maps these are charged for come along behind them
+                chosen = torch.cat([chosen, (chosen - rotation) % images])
+                rotation = part
+            batch = _rows(batch, chosen)
+        terms = _first(self.terms(batch, leaves, rotation), part)
+        loss = self.weighed(terms, batch.labels[:part]).sum()
+        gradients = torch.autograd.grad(
+            loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+        told = {**_sums(terms), "loss_sum": float(loss.detach()), "size": float(part)}
+        return list(gradients), told
+
+    def terms(
+        self, batch: CrossingBatch, leaves: Mapping[str, Tensor], rotation: int = 0
+    ) -> LossTerms:
+        """Return the loss terms of a batch, in mixed precision where asked."""
         with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=self.config.amp):
             return loss_terms(
                 self.split,
@@ -357,6 +392,24 @@ class _Lesson:
         if self.class_weights is None:
             return terms.loss
         return terms.loss * self.class_weights.to(terms.loss)[labels]
+
+
+def _rows(batch: CrossingBatch, rows: Tensor) -> CrossingBatch:
+    """Return some images of a batch."""
+    here = rows.to(batch.labels.device)
+    return CrossingBatch(
+        crossing=tuple(tensor[here] for tensor in batch.crossing),
+        labels=batch.labels[here],
+        positions=batch.positions[rows.to(batch.positions.device)],
+        images=None if batch.images is None else batch.images[here],
+        gates=None if batch.gates is None else batch.gates[here],
+    )
+
+
+def _first(terms: LossTerms, images: int) -> LossTerms:
+    """Return the terms of the first so many images."""
+    held = {name: value for name, value in vars(terms).items() if value is not None}
+    return replace(terms, **{name: value[:images] for name, value in held.items()})
 
 
 def _channels_last(batch: CrossingBatch) -> CrossingBatch:
@@ -480,7 +533,7 @@ def _chunks(rows: Tensor, size: int) -> list[Tensor]:
 def _validate(state: _State, lesson: _Lesson, validation: CrossingTensors) -> Row:
     said = None
     if len(validation) or lesson.team.alone:
-        said, _ = predict(lesson.split, validation, state.leaves)
+        said, _ = predict(lesson.split, validation, state.leaves, limit=lesson.judging)
     own = [0.0, 0.0, 0.0]
     if said is not None:
         own = [float(said.cross_entropies.sum()), float(said.right.sum()), float(len(said.labels))]

@@ -24,6 +24,12 @@ from audit.images.records import one_line
 
 __all__ = ["CocoImage", "outline", "read_coco"]
 
+# What a file that holds other things than it should makes of its reader.
+_UNEXPECTED = (
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError),
+    *(TypeError, ValueError),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CocoImage:
@@ -71,7 +77,7 @@ def read_coco(path: Path) -> list[CocoImage]:
         ]
     except OSError as error:
         raise ImageError(f"{shown} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNEXPECTED as error:
         reason = one_line(f"{type(error).__name__}: {error}", 80)
         raise ImageError(
             f"{shown} is not a COCO file ({reason}); expected JSON with `images` (id, file_name) "
@@ -97,7 +103,7 @@ def outline(image: CocoImage, size: tuple[int, int]) -> np.ndarray:
     for _, annotation in image.shapes:
         try:
             mask |= _shape(annotation, mask.shape)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except _UNEXPECTED as error:
             reason = one_line(f"{type(error).__name__}: {error}", 80)
             raise UnreadableImageError(f"a shape cannot be read ({reason})") from error
     return mask
@@ -133,6 +139,10 @@ def _run_lengths(segmentation: Mapping[str, Any], shape: tuple[int, ...]) -> np.
         )
     if tuple(segmentation["size"]) != tuple(shape):
         raise ValueError(f"run lengths for {segmentation['size']}, the photo has {list(shape)}")
+    if min(counts) < 0 or sum(counts) != shape[0] * shape[1]:  # checked before memory is taken
+        raise ValueError(
+            f"run lengths of {sum(counts)} pixels, the photo has {shape[0] * shape[1]}"
+        )
     values = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return np.asarray(values.reshape(shape, order="F"))
 

@@ -82,6 +82,11 @@ def open_masks(path: Path, folder: ImageFolder) -> ObjectMasks:
             return masks
         except UnreadableImageError as error:
             refused.append(f"{one_line(photo)}: {error}")
+    if not refused:
+        raise ImageError(
+            f"the images in {one_line(str(path))} that are photos of {one_line(str(folder.root))} "
+            "have no shapes of the photos' own classes; name categories like the classes"
+        )
     raise ImageError(
         f"none of the {len(refused)} masks in {one_line(str(path))} that belong to a photo can be "
         f"used; the first is {refused[0]}"

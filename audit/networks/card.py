@@ -153,7 +153,7 @@ def read_card(path: Path) -> ModelCard:
         raise NetworkError(f"cannot read the model card {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise NetworkError(f"the model card {path} is not UTF-8 text") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers without end, brackets without end
         raise NetworkError(f"the model card {path} is not valid TOML: {error}") from error
     try:
         return _card_from(document)

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from audit.errors import NetworkError, UntrustedPickleError
+from audit.networks.bombs import check_compression, check_unfolding
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights")
 PREFIXES = ("module.", "_orig_mod.")
 
 _FIRST_FEW = 3
+_DEEPEST = 10  # wrappers around wrappers
 # How torch's restricted unpickler says that it met something other than tensors.
 _OBJECT_FOUND = re.compile(
     "unsupported global|module .* is blocked|can only (build|create)|trying to (load|call)"
@@ -43,7 +45,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, MemoryError) as error:
         raise NetworkError(
             f"{path} is no readable safetensors file ({_first(error)}); "
             "it may be truncated: copy or save it again"
@@ -66,9 +68,16 @@ def read_pickled(
         NetworkError: it is damaged, or holds neither a state dict nor a module.
     """
     _refuse_other_formats(path)
+    check_compression(path)
+    if not trust_pickle:
+        check_unfolding(path, path)
     loaded: Any
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # what torch deprecates in a file is no news to its user
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers of damaged files raise of every kind
         if not _holds_objects(path, error):
             raise _damaged(path, error) from error
@@ -91,10 +100,12 @@ def state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
     DataParallel, `_orig_mod.` of torch.compile) is dropped.
 
     Raises:
-        NetworkError: there is no such mapping, or a value in it is no finite tensor.
+        NetworkError: there is no such mapping, or a value in it is no plain tensor.
     """
     found = loaded
-    while isinstance(found, Mapping):
+    for _ in range(_DEEPEST):
+        if not isinstance(found, Mapping):
+            break
         inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
         if inner is None:
             break
@@ -109,8 +120,13 @@ def state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise NetworkError(
-                f"{path} holds {name!r} of type {type(value).__name__}; expected a state dict, "
-                "names with tensors: save it with torch.save(model.state_dict(), path)"
+                f"{path} holds {_name(name)} of type {type(value).__name__}; expected a state "
+                "dict, names with tensors: save it with torch.save(model.state_dict(), path)"
+            )
+        if problem := _not_plain(value):
+            raise NetworkError(
+                f"{path} holds {_name(name)}, {problem}; expected plain tensors: save them with "
+                "torch.save(model.state_dict(), path)"
             )
     return _without_prefixes({name: value.detach() for name, value in found.items()})
 
@@ -155,7 +171,35 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, arch
             f"{path} does not fit {arch}: {'; '.join(problems)}; "
             "check --arch and the arguments on the model card"
         )
-    module.load_state_dict(dict(tensors), strict=False)
+    try:
+        module.load_state_dict(dict(tensors), strict=False)
+    except (RuntimeError, TypeError) as error:  # such as quantized numbers for exact ones
+        raise NetworkError(f"{path} does not fit {arch}: {_first(error)}") from error
+
+
+def _not_plain(value: Tensor) -> str | None:
+    """Return what keeps a tensor from being weights, None for dense numbers in memory."""
+    if value.layout != torch.strided:
+        return "a sparse tensor"
+    if value.is_quantized:
+        return "a quantized tensor"
+    if value.is_complex():
+        return "a tensor of complex numbers"
+    if value.device.type != "cpu":
+        return f"a tensor on the device {value.device.type!r}, without values"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return (
+            f"a tensor of {value.numel():,} numbers in {value.untyped_storage().nbytes():,} bytes"
+        )
+    return None
+
+
+def _name(name: object) -> str:
+    """Return a name fit for a message; objects of other kinds may print without end."""
+    if isinstance(name, str):
+        return repr(name[:80])
+    known = isinstance(name, int) and abs(name) < 2**64
+    return repr(name) if known else f"a name of type {type(name).__name__}"
 
 
 def _refuse_other_formats(path: Path) -> None:
@@ -233,7 +277,7 @@ def _shape(value: Tensor) -> str:
 
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - _FIRST_FEW} more" if len(names) > _FIRST_FEW else ""
-    return ", ".join(names[:_FIRST_FEW]) + more
+    return ", ".join(name[:120] for name in names[:_FIRST_FEW]) + more
 
 
 def _first(error: Exception) -> str:

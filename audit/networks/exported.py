@@ -23,6 +23,7 @@ import torch
 from torch.export import ExportedProgram
 
 from audit.errors import NetworkError, UntrustedPickleError
+from audit.networks.bombs import check_compression, check_unfolding
 
 _MODEL = "models/model.json"
 _CONSTANTS = "data/constants/model_constants_config.json"
@@ -75,6 +76,7 @@ def read_exported(path: Path) -> ExportedProgram:
     """
     from torch.export.pt2_archive._package import load_pt2
 
+    check_compression(path)
     data = path.read_bytes()
     _check_archive(data, path)
     try:
@@ -110,17 +112,26 @@ def _check_archive(data: bytes, path: Path) -> None:
                 for name in names
                 if name.endswith("config.json")
             ]
+            for name in names:
+                if name.endswith(".pt"):
+                    check_unfolding(archive.read_bytes(name), path)
+        for config in configs:
+            _check_weights(config, path)
+        program.pop("guards_code", None)
+        _check_text(program, "", path)
     except NetworkError:
         raise
-    except Exception as error:
+    except Exception as error:  # other than what the format has at some place
         raise _unreadable(path, error) from error
-    for config in configs:
-        for entry in config.get("config", {}).values():
-            file = str(entry.get("path_name"))
-            if not re.fullmatch(r"(weight|tensor)_\d+", file, re.ASCII):
-                raise _refusal(path, f"the object {file!r}")
-    program.pop("guards_code", None)
-    _check_text(program, "", path)
+
+
+def _check_weights(config: Any, path: Path) -> None:
+    for entry in config.get("config", {}).values():
+        file = str(entry.get("path_name"))
+        if not re.fullmatch(r"(weight|tensor)_\d+", file, re.ASCII):
+            raise _refusal(path, f"the object {file[:80]!r}")
+        if entry.get("use_pickle"):
+            raise _refusal(path, "a pickled object among its tensors")
 
 
 def _check_text(value: Any, field: str, path: Path) -> None:

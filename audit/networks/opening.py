@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from audit.errors import NetworkError
 from audit.files import sha256_file
 from audit.networks import architectures, imagenet
+from audit.networks.bombs import limited_building
 from audit.networks.card import (
     ModelCard,
     Preprocessing,
@@ -71,8 +72,9 @@ def open_network(
         NetworkError: the file, the architecture, the card and the classes do not make one network.
     """
     _check_device(device)
+    names = read_classes(classes) if classes is not None else ()  # before what takes long
     if not Path(source).exists() and source.partition(":")[0] in architectures.REGISTRIES:
-        return _from_registry(source, classes, device)
+        return _from_registry(source, names, classes, device)
     path = _model_file(source)
     found = find_card(path)
     card = read_card(found) if found is not None else None
@@ -90,7 +92,7 @@ def open_network(
             program, settings = _from_state(loaded, path, card, arch, device)
     return Network(
         program=program,
-        card=_with_classes(settings, classes, program.classes, source),
+        card=_with_classes(settings, names, classes, program.classes, source),
         source=source,
         sha256=sha256_file(path),
     )
@@ -113,7 +115,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     if text.lstrip()[:1] in ("[", "{"):
         try:
             names = _names_from_json(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers and brackets without end
             raise NetworkError(f"{path} is not valid JSON: {error}") from error
     else:
         names = [line.strip() for line in text.rstrip().splitlines()]
@@ -157,7 +159,9 @@ def _model_file(source: str) -> Path:
     return path
 
 
-def _from_registry(source: str, classes: Path | None, device: str) -> Network:
+def _from_registry(
+    source: str, names: tuple[str, ...], classes: Path | None, device: str
+) -> Network:
     found = architectures.pretrained(source)
     registry, name = architectures.resolve(source)
     program = Program.capture(found.module, found.preprocessing.input_size, device=device)
@@ -169,7 +173,7 @@ def _from_registry(source: str, classes: Path | None, device: str) -> Network:
     )
     return Network(
         program=program,
-        card=_with_classes(card, classes, program.classes, source),
+        card=_with_classes(card, names, classes, program.classes, source),
         source=source,
         sha256=sha256_state(program.state),
     )
@@ -192,7 +196,9 @@ def _from_state(
     # A card's arguments belong to the card's architecture.
     same = card is not None and (card.arch is None or _same(card.arch, arch))
     arguments = dict(card.arch_args) if card is not None and same else {}
-    module, arguments = _build_for(tensors, arch, arguments)
+    numbers = sum(value.numel() for value in tensors.values())
+    with limited_building(numbers, f"{arch} with the arguments on the card"):
+        module, arguments = _build_for(tensors, arch, arguments)
     load_into(module, tensors, path, arch)
     registry, name = architectures.resolve(arch)
     settings = ModelCard(
@@ -265,9 +271,11 @@ def _assumed_card(preprocessing: Preprocessing) -> ModelCard:
     )
 
 
-def _with_classes(card: ModelCard, file: Path | None, outputs: int, source: str) -> ModelCard:
+def _with_classes(
+    card: ModelCard, names: tuple[str, ...], file: Path | None, outputs: int, source: str
+) -> ModelCard:
     """Return the card with one name per output: from the file, the card, else the numbers."""
-    names = read_classes(file) if file is not None else card.classes
+    names = names or card.classes
     if names and len(names) != outputs:
         origin = str(file) if file is not None else "its card"
         raise NetworkError(

@@ -1,5 +1,6 @@
 """Exit codes, one line per error, and progress that stays out of stdout."""
 
+import json
 import os
 import signal
 import subprocess
@@ -180,3 +181,30 @@ def test_a_reader_that_leaves_is_no_error_message(program: list[str]) -> None:
         timeout=60,
     )
     assert "rror" not in finished.stderr
+
+
+# -------------------------------------------------------------------- names that others chose
+
+
+HOSTILE = "\x1b]0;owned\x07\x9b31m\u202egnp\ud800[red]x[/red]"
+
+
+def test_nothing_that_a_terminal_obeys_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from audit import console
+
+    table = Table("name")
+    table.add_row(Text(HOSTILE))
+    console.stdout.print(table)
+    console.say(f"no image {HOSTILE}")
+    console.print_json({HOSTILE: HOSTILE})
+    written = capsys.readouterr()
+    for text in (written.out, written.err):
+        assert "\x1b" not in text and "\x9b" not in text and "\u202e" not in text
+        assert all(c.isprintable() or c == "\n" for c in text)
+        assert "[red]x[/red]" in text  # as it is called, not as markup
+    assert "no image \\x1b]0;owned\\x9b31m\\u202egnp\\ud800" in written.err
+    document = written.out[written.out.index("{") :]
+    assert json.loads(document) == {HOSTILE: HOSTILE}

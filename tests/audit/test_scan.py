@@ -17,6 +17,7 @@ from torch import Tensor
 
 import audit.scan
 from audit.errors import ImageError, LayerNotFoundError, UsageError
+from audit.evidence import Gathering
 from audit.networks import open_network
 from audit.runs import RUN_IMAGES, RUN_LAYERS, Run, newest_run, open_run
 from audit.saliency import layer_maps, normalize_maps
@@ -263,10 +264,11 @@ class _Spy:
         self.evidence: list[bytes] = []
         self.learning: list[bytes] = []
         self.judging: list[bytes] = []
-        gather, repair = audit.scan.gather_evidence, audit.scan.trial_repairs
+        add, repair = Gathering.add, audit.scan.trial_repairs
 
-        def gather_evidence(program: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
-            return gather(program, self._watched(batches), *args, **kwargs)
+        def add_batch(gathering: Gathering, images: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.evidence += map(_bytes, images)
+            return add(gathering, images, *args, **kwargs)
 
         def trial_repairs(
             program: Any, images: Tensor, labels: Any, held_out: Tensor, *args: Any, **kwargs: Any
@@ -275,13 +277,8 @@ class _Spy:
             self.judging += map(_bytes, held_out)
             return repair(program, images, labels, held_out, *args, **kwargs)
 
-        monkeypatch.setattr(audit.scan, "gather_evidence", gather_evidence)
+        monkeypatch.setattr(Gathering, "add", add_batch)
         monkeypatch.setattr(audit.scan, "trial_repairs", trial_repairs)
-
-    def _watched(self, batches: Any) -> Any:
-        for images, labels in batches:
-            self.evidence += map(_bytes, images)
-            yield images, labels
 
 
 def _bytes(image: Tensor) -> bytes:
@@ -435,6 +432,10 @@ def test_a_scan_that_stops_midway_says_so_in_its_run(
         scan(shapes, tmp_path / "runs", data=few)
     info = json.loads((newest_run(tmp_path / "runs").path / "run.json").read_text())
     assert info["status"] == "failed"
-    assert info["failure"] == (str(error) or "KeyboardInterrupt")
+    if isinstance(error, KeyboardInterrupt):
+        assert info["failure"].startswith("interrupted; `audit scan ")
+        assert info["failure"].endswith("--resume` goes on")
+    else:
+        assert info["failure"] == str(error)
     assert info["finished_utc"] >= info["created_utc"]
     assert info["model"]["source"] == str(shapes.damaged)

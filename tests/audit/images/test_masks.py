@@ -352,3 +352,35 @@ def test_a_file_that_is_no_coco_file_is_one_clear_error(tmp_path: Path, text: st
     with pytest.raises(ImageError, match=r"c\.json is not a COCO file") as error:
         read_coco(tmp_path / "c.json")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"images": 1e999}', "9" * 5000])
+def test_a_file_without_end_is_no_coco_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ImageError, match="is not a COCO file"):
+        read_coco(tmp_path / "c.json")
+
+
+def test_shapes_of_other_classes_alone_are_one_error(tmp_path: Path, photos: Path) -> None:
+    path = coco(
+        tmp_path / "c.json",
+        {"cat/001.jpg": [{"bbox": [0, 0, 4, 4], "category_id": 7}]},
+        categories=[{"id": 7, "name": "dog"}, {"id": 8, "name": "cat"}],
+    )
+    with pytest.raises(ImageError, match="no shapes of the photos' own classes"):
+        opened(path, photos)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"segmentation": {"size": [16, 24], "counts": [10**15, 1]}},  # a bomb
+        {"segmentation": {"size": [16, 24], "counts": [-1, 385]}},
+        {"segmentation": {"size": [16, 24], "counts": [10**400]}},
+        {"bbox": [1e308, 0, 1e308, "wide"]},
+        {"segmentation": [[1, 2, 3]]},
+    ],
+)
+def test_a_hostile_shape_is_a_reason(tmp_path: Path, shape: dict[str, Any]) -> None:
+    with pytest.raises(UnreadableImageError, match="a shape cannot be read"):
+        drawn(coco(tmp_path / "c.json", {"a.png": [shape]}))
