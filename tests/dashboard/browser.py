@@ -87,8 +87,8 @@ class Visitor:
         self.tab.wait_for_url(f"**/{page.lower()}**")
         self.wait()
 
-    def see(self, text: str) -> None:
-        self.tab.get_by_text(text).first.wait_for()
+    def see(self, text: str, timeout_ms: float = 60_000) -> None:
+        self.tab.get_by_text(text).first.wait_for(timeout=timeout_ms)
 
     def choose(self, label: str, option: str) -> None:
         self.tab.get_by_label(label, exact=True).first.click()

@@ -94,7 +94,7 @@ def test_a_review_from_the_verdict_to_the_exported_model(scanned: Run, tmp_path:
         visitor.go("Export")
         tab.get_by_role("button", name="Export to ONNX", exact=True).click()
         visitor.see("Export under way")
-        visitor.see("The ONNX model gives the same top answer as the network")
+        visitor.see("The ONNX model gives the same top answer as the network", 200_000)
         with tab.expect_download() as download:
             tab.get_by_role("button", name=re.compile("^ONNX model")).click()
         download.value.save_as(tmp_path / "model.onnx")
@@ -102,6 +102,33 @@ def test_a_review_from_the_verdict_to_the_exported_model(scanned: Run, tmp_path:
     assert proof is not None and proof["status"] == "passed"
     digest = hashlib.sha256((tmp_path / "model.onnx").read_bytes()).hexdigest()
     assert digest == proof["sha256"]
+
+
+def test_two_raters_vote_ten_times_each_and_the_votes_are_read(scanned: Run) -> None:
+    with served(scanned.path) as address, visiting() as visitor:
+        tab = visitor.tab
+        visitor.open(f"{address}/study_setup")
+        tab.get_by_label("Raters", exact=True).fill("2")
+        tab.keyboard.press("Tab")
+        visitor.wait()
+        tab.get_by_role("button", name="Set up the study").click()
+        visitor.see("Rater 2: http")
+        links = re.findall(r"Rater \d: (http\S+)", tab.inner_text("body"))
+        assert len(set(links)) == 2
+        for link in links:
+            visitor.open(link)
+            for group in tab.get_by_role("radiogroup").all():
+                group.locator("label").first.click()
+            tab.get_by_role("button", name="Start").click()
+            for votes in range(10):
+                visitor.see(f"{votes} of ")
+                tab.get_by_test_id("stBaseButton-secondary").first.click()
+            visitor.see("10 of ")
+        visitor.open(f"{address}/study_results")
+        visitor.see("Table 3")
+        visitor.open(f"{address}/study_setup")
+        visitor.see("20 of ")
+        assert "2 of 2" in tab.inner_text("body")  # raters who have begun
 
 
 def test_hostile_names_stay_names(tmp_path: Path) -> None:
