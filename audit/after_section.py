@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["CASE_COLUMNS", "after_sentences", "case_moves"]
+__all__ = ["CASE_COLUMNS", "CASE_NAMES", "after_sentences", "case_moves"]
 
 Document = Mapping[str, Any]
 

@@ -26,8 +26,10 @@ def main() -> None:
     pages = [
         st.Page("views/overview.py", title="Overview", default=True),
         st.Page("views/layers.py", title="Layers"),
+        st.Page("views/cases.py", title="Cases"),
         st.Page("views/images.py", title="Images"),
-        st.Page("views/accuracy.py", title="Accuracy"),
+        st.Page("views/groups.py", title="Error groups"),
+        st.Page("views/repair.py", title="Repair"),
         st.Page("views/export.py", title="Export"),
         st.Page("views/study_setup.py", title="Study"),
         st.Page("views/study_results.py", title="Votes"),

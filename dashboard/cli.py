@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +18,10 @@ from audit.console import run_app
 from audit.errors import LayermendError, RunError
 from dashboard.study import STUDY_ONLY_VARIABLE, VOTES_VARIABLE
 
-__all__ = ["RUNS_VARIABLE", "app", "main", "streamlit_arguments"]
+__all__ = ["READ_ONLY_VARIABLE", "RUNS_VARIABLE", "app", "main", "streamlit_arguments"]
 
 RUNS_VARIABLE = "LAYERMEND_RUNS"
+READ_ONLY_VARIABLE = "LAYERMEND_READ_ONLY"
 APP = Path(__file__).with_name("app.py")
 
 # Both color schemes are given, so that the page follows the reader's system.
@@ -73,6 +75,9 @@ def dashboard(
         str,
         typer.Option(help="Address to listen on; others than localhost are open to the network."),
     ] = "localhost",
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Nobody can start a repair or an export.")
+    ] = False,
 ) -> None:
     """Look at scans and repairs in the browser, and let colleagues vote."""
     if not runs.is_dir():
@@ -86,6 +91,9 @@ def dashboard(
         os.environ[STUDY_ONLY_VARIABLE] = "1"
     _require_free(host, port)
     os.environ[RUNS_VARIABLE] = str(runs.resolve())
+    if read_only:
+        os.environ[READ_ONLY_VARIABLE] = "1"
+    threading.Thread(target=_warm_up, daemon=True).start()
     from streamlit.web.cli import main as streamlit
 
     streamlit(streamlit_arguments(host, port), prog_name="streamlit", standalone_mode=False)
@@ -105,6 +113,20 @@ def streamlit_arguments(host: str, port: int) -> list[str]:
         **THEME,
     }
     return ["run", str(APP), *(f"--{name}={value}" for name, value in options.items())]
+
+
+def _warm_up() -> None:
+    """Import what the first page needs while the server starts, so that nobody waits for it."""
+    import altair
+    import matplotlib
+    import pandas
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    import audit.report  # noqa: F401
+
+    del altair, pandas, pyarrow
+    matplotlib.colormaps["magma"](0.5)
 
 
 def _require_free(host: str, port: int) -> None:

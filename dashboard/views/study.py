@@ -125,7 +125,7 @@ def _show(repair: RepairFolder, question: Question) -> None:
     told, sentence = question_text(question)
     shown = pictures(repair, question)
     st.html(page("study_question.html", question=sentence, told=told, pictures=shown))
-    st.html(part("map_legend"))
+    st.html(part("map_legend", False))
 
 
 def _answer(store: VoteStore, rater: Rater, question: Question, answer: str, revise: bool) -> None:
