@@ -34,6 +34,7 @@ import torch
 from audit.files import read_json, write_json
 from benchmarks.results_file import configuration, print_table, write_results
 from tests.fuzzing import (
+    BLOCKED_S,
     HANG_S,
     IMAGE_KINDS,
     MODEL_KINDS,
@@ -55,7 +56,7 @@ PARTS = Path(__file__).parents[1] / "local"  # families that are finished
 SAMPLE = 12  # of each family through the command line
 EXAMPLES = 3  # lines kept of each kind
 MEMORY_GIB = 4  # that a child may take beyond what it starts with
-GRACE_S = 20.0  # a child that says nothing for so long is stuck below Python
+GRACE_S = BLOCKED_S + 20.0  # a child that says nothing for so long is stuck below Python
 Case = tuple[str, str, int]
 
 
@@ -143,19 +144,22 @@ def _run_family(family: str, cases: list[Case], folder: Path, verbose: bool) -> 
         child = context.Process(target=_work, args=(family, waiting, str(folder), there))
         child.start()
         there.close()
-        for outcome in _until_silent(here, child, waiting):
-            if outcome.ending == "hang" and suspected != waiting[0]:
-                suspected = waiting[0]  # the machine may have been busy: once more, in a new child
-                break
-            done += 1
-            waiting.pop(0)
-            if verbose or outcome.ending not in ("right", "line"):
-                print(f"  {outcome}", file=sys.stderr)
-            if done % 200 == 0:
-                print(f"{family}: {done} of {len(cases)}", file=sys.stderr)
-            yield outcome
-        child.kill()
-        child.join()
+        try:
+            for outcome in _until_silent(here, child, waiting):
+                if outcome.ending == "hang" and suspected != waiting[0]:
+                    # The machine may have been busy: once more, in a new child.
+                    suspected = waiting[0]
+                    break
+                done += 1
+                waiting.pop(0)
+                if verbose or outcome.ending not in ("right", "line"):
+                    print(f"  {outcome}", file=sys.stderr)
+                if done % 200 == 0:
+                    print(f"{family}: {done} of {len(cases)}", file=sys.stderr)
+                yield outcome
+        finally:  # also where whoever asked has heard enough
+            child.kill()
+            child.join()
 
 
 def _until_silent(
@@ -394,7 +398,14 @@ def _report(outcomes: list[Outcome], wall: dict[str, float], *, write: bool) -> 
         )
     wrong = [asdict(one) for one in outcomes if one.ending not in ("right", "line")]
     config = configuration(
-        "cpu", "pillow", "pyarrow", "safetensors", first_seed=FIRST_SEED, hang_s=HANG_S, wall_s=wall
+        "cpu",
+        "pillow",
+        "pyarrow",
+        "safetensors",
+        first_seed=FIRST_SEED,
+        hang_processor_s=HANG_S,
+        hang_blocked_s=BLOCKED_S,
+        wall_s=wall,
     )
     for path in PARTS.glob("fuzz-*.json"):
         path.unlink()
