@@ -182,30 +182,49 @@ def trainable_maps(
 
 def trainable_guided_maps(
     split: Split,
-    images: Tensor,
+    images: Tensor | None,
     crossing: Sequence[Tensor],
     parameters: Mapping[str, Tensor] | None,
     targets: Tensor,
+    *,
+    gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return Guided Grad-CAM, in the size of the image, and the logits, both with their graph.
 
-    The Grad-CAM and the logits need what crosses the cut alone; the guided gradients run through
-    the whole network, forward and backward, at every call.
+    The Grad-CAM and the logits need what crosses the cut alone. The guided gradients run through
+    the whole network, forward and backward, unless the prefix's gates are given: then forward
+    through what follows the cut, and backward through all.
 
     Args:
-        images: What `crossing` came from, normalized, (B, 3, H, W).
+        images: What `crossing` came from, normalized, (B, 3, H, W); not used where gates are given.
         crossing: As for `trainable_maps`.
         parameters: As for `trainable_maps`.
         targets: As for `trainable_maps`.
+        gates: Of the same images, from ``split.guided_prefix``, uint8 (B, bytes).
 
     Returns:
         Raw maps >= 0, (B, H, W), the absolute attributions summed over the color channels, and
         logits, (B, K).
     """
     maps, logits = trainable_maps(split, crossing, parameters, targets)
-    leaf = images.detach().requires_grad_()
-    guided_logits = split.whole_logits(leaf, parameters, guided=True)
-    (guided,) = torch.autograd.grad(target_scores(guided_logits, targets), leaf, create_graph=True)
+    if gates is not None and split.guided_prefix is not None:
+        leaves = [tensor.detach().requires_grad_() for tensor in crossing]
+        _, guided_logits = split.activations_and_logits(leaves, parameters, guided=True)
+        by_crossing = torch.autograd.grad(
+            target_scores(guided_logits, targets),
+            leaves,
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        guided = split.guided_prefix.pull_back(by_crossing, gates)
+    elif images is not None:
+        leaf = images.detach().requires_grad_()
+        guided_logits = split.whole_logits(leaf, parameters, guided=True)
+        scores = target_scores(guided_logits, targets)
+        (guided,) = torch.autograd.grad(scores, leaf, create_graph=True)
+    else:
+        raise ValueError("guided maps need the images, or the gates of the split's guided prefix")
     return guided_grad_cam(maps, guided).abs().sum(dim=1), logits
 
 

@@ -154,11 +154,12 @@ def trial_repairs(
     earlier = checkpoint.earlier if checkpoint else None
     started_s = time.perf_counter() - (earlier["spent_s"] if earlier else 0.0)
     learning = len(images)
-    every_image = torch.cat([images, held_out_images])
+    # Channels last is 1.4 to 1.7 times as fast on a CPU.
+    every_image = torch.cat([images, held_out_images]).contiguous(memory_format=torch.channels_last)
     halves = np.random.default_rng(seed).permutation(len(held_out_images)) % 2
     with torch.no_grad():
         parts = _parts(len(held_out_images), config.batch_size)
-        logits = torch.cat([program.logits(held_out_images[part]) for part in parts])
+        logits = torch.cat([program.logits(every_image[learning:][part]) for part in parts])
     forward_s = (time.perf_counter() - started_s) / len(held_out_images)
     before = _judge_logits(logits, held_out_labels)
     entrants = _affordable(
@@ -388,7 +389,8 @@ class _Trial:
             while run.steps < steps:
                 run.step(self._gradients(run, crossing, labels))
         self._judged = {
-            size: self._judge(run, held_out, held_out_labels) for size, run in self._runs.items()
+            size: self._judge(run, held_out, held_out_labels, self._judges(size))
+            for size, run in self._runs.items()
         }
         self.steps = steps
         if before == 0:
@@ -481,7 +483,7 @@ class _Trial:
         leaves = {name: value.detach().requires_grad_() for name, value in run.leaves.items()}
         sums = [torch.zeros_like(value) for value in leaves.values()]
         for part in _parts(len(labels), self._config.batch_size):
-            logits = self._split.suffix([t[part] for t in crossing], run.parameters(leaves))
+            logits = self._split.folded_suffix([t[part] for t in crossing], run.parameters(leaves))
             loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(labels)
             for total, gradient in zip(
                 sums, torch.autograd.grad(loss, list(leaves.values())), strict=True
@@ -489,16 +491,32 @@ class _Trial:
                 total += gradient
         return sums
 
-    def _judge(self, run: _Run, held_out: Sequence[Tensor], labels: Tensor) -> _Judged:
+    def _judges(self, size: float) -> np.ndarray:
+        """Return the held-out images that judge a size: all, until they have made their choice;
+        from then on those for which it was chosen."""
+        if math.isnan(self._chosen[0]):
+            return np.arange(len(self._halves))
+        return np.flatnonzero(np.array(self._chosen)[self._halves] == size)
+
+    def _judge(
+        self, run: _Run, held_out: Sequence[Tensor], labels: Tensor, judges: np.ndarray
+    ) -> _Judged:
+        """Return what the held-out images in these rows come to; the others have NaN."""
+        rows = torch.from_numpy(judges).to(labels.device)
+        if len(rows) < len(labels):
+            held_out = [tensor[rows] for tensor in held_out]
         with torch.no_grad():
             parameters = run.parameters(run.leaves)
             logits = torch.cat(
                 [
-                    self._split.suffix([tensor[part] for tensor in held_out], parameters)
-                    for part in _parts(len(labels), self._config.batch_size)
+                    self._split.folded_suffix([tensor[part] for tensor in held_out], parameters)
+                    for part in _parts(len(rows), self._config.batch_size)
                 ]
             )
-        return _judge_logits(logits, labels)
+        judged = _judge_logits(logits, labels[rows])
+        cross_entropies, right = np.full(len(labels), np.nan), np.zeros(len(labels), dtype=bool)
+        cross_entropies[judges], right[judges] = judged.cross_entropies, judged.right
+        return _Judged(cross_entropies, right)
 
 
 def _parts(images: int, batch_size: int) -> list[slice]:

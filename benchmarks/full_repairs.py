@@ -54,11 +54,11 @@ def naive_trials(
     config: TrialConfig,
     *,
     seed: int,
-) -> dict[str, float]:
-    """Return each layer's held-out gain when all take all steps, each from the first layer on."""
+) -> dict[str, np.ndarray]:
+    """Return each layer's held-out cross entropies after every round, (rounds, N), when all
+    layers take all steps, each from the first layer on."""
     halves = np.random.default_rng(seed).permutation(len(held_out_labels)) % 2
-    before = _entropies(program, held_out_images, held_out_labels)
-    gains = {}
+    found = {}
     for layer in program.layers:
         split = program.split(layer.name)
         start = split.parameters
@@ -75,16 +75,16 @@ def naive_trials(
                     loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(labels)
                     loss.backward()
                 optimizer.step()
-                if step in (config.rounds[0], config.rounds[-1]):
+                if step in config.rounds:
                     changed = program.with_state(leaves)
                     after[size].append(_entropies(changed, held_out_images, held_out_labels))
-        total = 0.0
-        for half in (0, 1):
-            others = halves != half
-            chosen = min(after, key=lambda size: after[size][0][others].sum())
-            total += after[chosen][-1][halves == half].sum()
-        gains[layer.name] = 1 - total / before.sum()
-    return gains
+        chosen = [
+            min(after, key=lambda size: float(after[size][0][halves != half].sum()))
+            for half in (0, 1)
+        ]
+        first, second = (np.stack(after[size]) for size in chosen)
+        found[layer.name] = np.where(halves == 0, first, second)
+    return found
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ import repair.layer
 
 IMAGES = 400
 KILLS_A_CHAIN = 4
-KILLS = {"scan": 14, "layer": 10, "grid": 6, "export": 6}  # at least so many of each command
+KILLS = {"scan": 11, "layer": 8, "grid": 4, "export": 7}  # at least so many of each command
 TIMES = {
     "created_utc",
     "finished_utc",
@@ -72,6 +72,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--work", type=Path, default=Path("local/kill"))
+    parser.add_argument("--commands", nargs="+", choices=tuple(KILLS), default=tuple(KILLS))
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -79,7 +80,8 @@ def main() -> None:
     reference = undisturbed(options.work.absolute())
     kept = options.work / "chains.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    for what, wanted in KILLS.items():
+    for what in options.commands:
+        wanted = KILLS[what]
         while sum(row["kills"] for row in rows if row["command"] == what) < wanted:
             if time.monotonic() > ends_s:
                 print(f"{sum(row['kills'] for row in rows)} kills; run it again for the rest")
@@ -270,9 +272,13 @@ def content(path: Path) -> Any:
 
 
 def plain(document: Any) -> Any:
-    """Return a JSON document without times, a grid's trials in the order of their settings."""
+    """Return a JSON document without times, a grid's trials in the order of their settings.
+
+    An entry that is null says no more than one that is not there.
+    """
     if isinstance(document, dict):
-        return {key: plain(value) for key, value in document.items() if key not in TIMES}
+        kept = {k: v for k, v in document.items() if k not in TIMES and v is not None}
+        return {key: plain(value) for key, value in kept.items()}
     if isinstance(document, list):
         items = [plain(item) for item in document]
         if items and all(isinstance(item, dict) and "lr" in item for item in items):

@@ -24,8 +24,9 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,14 @@ import torch
 from audit.blame import has_memory, layer_features, promising, shares_of_blame
 from audit.evidence import LayerEvidence, gather_evidence
 from audit.networks.program import Program
-from audit.trials import CHANNEL_TRIAL, TrialConfig, TrialRepair, ranking, trial_repairs
+from audit.trials import (
+    CHANNEL_TRIAL,
+    TrialConfig,
+    TrialRepair,
+    error_share_removed,
+    ranking,
+    trial_repairs,
+)
 from audit.verdict import drift_origin, judge
 
 TUNING = {"plant": 100, "healthy": 400}
@@ -47,9 +55,12 @@ SEEDS = {"plant": 500, "healthy": 600}
 ALSO_SEEN = (200, 205)  # silent channels joined the blame beside batch norm after these rows
 SCANNED, LEARNING = 256, 64
 TRIES = 3
+SPEED_SEEDS, SPEED_FAULTS = (500, 700), 3  # so many faults of each network from each seed on
 TRIAL = TrialConfig()
 BUDGETS_S = {"efficientnet": 75.0}  # on one core; the small networks need none
 ONE_STEP = TrialConfig(rounds=(1,))
+
+TrialImages = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def main() -> None:
@@ -66,6 +77,7 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=10, help="healthy draws of each network")
     parser.add_argument("--unmarked", action="store_true", help="healthy draws without marks")
+    parser.add_argument("--naive", type=int, default=SPEED_FAULTS, help="faults also tried naively")
     parser.add_argument("--tuning", action="store_true", help="on the seeds for tuning")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -96,12 +108,11 @@ def _plant(name: str, options: argparse.Namespace) -> None:
         if kind not in options.kinds:
             continue
         seed = options.seeds["plant"] + at
-        draw = np.random.default_rng([seed, faults.SCENES.index(name)]).permutation(layers)
-        for tried, layer in enumerate(draw[:TRIES]):
+        for tried, layer in enumerate(_draw(where, layers, seed)):
             identity = f"{name}-{kind}-{seed}-{tried}"
             if identity not in done:
                 started = time.perf_counter()
-                fault = faults.plant(where, str(layer), kind, seed=seed)
+                fault = faults.plant(where, layer, kind, seed=seed)
                 planted_s = round(time.perf_counter() - started, 1)
                 if fault.took:
                     _keep(options.work, identity, fault.state)
@@ -114,6 +125,12 @@ def _plant(name: str, options: argparse.Namespace) -> None:
                 _append(options.rows, done[identity])
             if done[identity]["took"]:
                 break
+
+
+def _draw(where: faults.Scene, layers: Sequence[str], seed: int) -> list[str]:
+    """Return the layers to try a fault in, in turn."""
+    generator = np.random.default_rng([seed, faults.SCENES.index(where.name)])
+    return [str(layer) for layer in generator.permutation(layers)[:TRIES]]
 
 
 def _healthy(name: str, options: argparse.Namespace) -> None:
@@ -154,28 +171,84 @@ def _repair(name: str, options: argparse.Namespace) -> None:
 
 
 def _speed(name: str, options: argparse.Namespace) -> None:
-    """Time the trials against the same ones made naively, on the first faults that took."""
-    rows = [row for row in _read(options.rows) if row["network"] == name and row["took"]]
-    kept = options.rows.with_name("speed.jsonl")
+    """Compare trials by rounds with trials that drop no layer, and with naive ones.
+
+    Those that drop none choose as naive ones do (`tests/audit/test_trials.py` compares each with a
+    plain loop), so that the naive ones, which take longest, are only made of the first `--naive`
+    faults from each seed on. The choice is the layer whose trial leaves least; another one is a tie
+    where the bootstrap of what the right one's trial removes of the other's error includes nothing.
+    Seconds are the process's own on its one thread, so that other work does not count.
+    """
+    kept = options.work / "speed.jsonl"
     done = {row["id"] for row in _read(kept)}
     where = faults.scene(name, options.work)
-    for row in sorted(rows, key=lambda row: row["seed"])[: options.faults]:
-        if row["id"] in done:
-            continue
-        program = where.program.with_state(
-            safetensors.torch.load_file(_path(options.work, row["id"]))
+    for first_seed in SPEED_SEEDS:
+        chosen = islice(_taken(where, first_seed), SPEED_FAULTS)
+        for at, (identity, kind, seed, fault) in enumerate(chosen):
+            if identity not in done:
+                program = where.program.with_state(fault.state)
+                given = _trial_images(program, where, kind, seed)
+                found = {"id": identity, "network": name, "planted": fault.layer}
+                found |= _compared(program, given, seed, naively=at < options.naive)
+                _append(kept, found)
+
+
+def _taken(where: faults.Scene, first_seed: int) -> Iterator[tuple[str, str, int, faults.Fault]]:
+    """Yield faults that took, drawn as `plant` draws them, from a seed on."""
+    layers = [layer.name for layer in where.program.layers]
+    for at in count():
+        kind, seed = faults.KINDS[at % len(faults.KINDS)], first_seed + at
+        for tried, layer in enumerate(_draw(where, layers, seed)):
+            fault = faults.plant(where, layer, kind, seed=seed)
+            if fault.took:
+                yield f"{where.name}-{kind}-{seed}-{tried}", kind, seed, fault
+                break
+
+
+def _compared(program: Program, given: TrialImages, seed: int, *, naively: bool) -> dict[str, Any]:
+    images, labels, held_out, held_out_labels = given
+    found: list[list[TrialRepair]] = []
+    seconds: list[float] = []
+    for config in (TRIAL, replace(TRIAL, keep=1.0)):
+        started = time.process_time()
+        found.append(
+            trial_repairs(
+                program,
+                images,
+                labels,
+                held_out,
+                held_out_labels,
+                program.layers,
+                config,
+                seed=seed,
+            )
         )
-        given = _trial_images(program, where, row["kind"], row["seed"])
-        started = time.perf_counter()
-        own = trial_repairs(program, *given, program.layers, TRIAL, seed=row["seed"])
-        own_s = time.perf_counter() - started
-        started = time.perf_counter()
-        naive = full_repairs.naive_trials(program, *given, TRIAL, seed=row["seed"])
-        naive_s = time.perf_counter() - started
-        chosen, best = ranking(own)[0].layer.name, max(naive, key=lambda name: naive[name])
-        found = {"id": row["id"], "network": name, "layers": len(naive)}
-        found |= {"same_choice": chosen == best, "gain_lost": round(naive[best] - naive[chosen], 4)}
-        _append(kept, found | {"ours_s": round(own_s, 2), "naive_s": round(naive_s, 2)})
+        seconds.append(round(time.process_time() - started, 2))
+    own, whole = found
+    chosen, best = (ranking(trials)[0].layer.name for trials in found)
+    left = {trial.layer.name: trial.cross_entropies_after for trial in whole}
+    lead = error_share_removed(left[chosen], left[best], seed=seed)
+    row = {
+        "layers": len(whole),
+        "chosen": chosen,
+        "choice_of_all": best,
+        "same_choice": chosen == best,
+        "tied": chosen != best and lead.low <= 0,
+        "in_last_round": best in {t.layer.name for t in own if t.steps == TRIAL.rounds[-1]},
+        "gain_lost": round(
+            float((left[chosen] - left[best]).sum() / whole[0].cross_entropies_before.sum()), 4
+        ),
+        "lead": [round(value, 4) for value in (lead.value, lead.low, lead.high)],
+        "gains": {t.layer.name: [round(gain, 4) for gain in t.gains] for t in whole},
+        "ours_s": seconds[0],
+        "all_s": seconds[1],
+    }
+    if naively:
+        started = time.process_time()
+        after = full_repairs.naive_trials(program, *given, TRIAL, seed=seed)
+        row["naive_s"] = round(time.process_time() - started, 2)
+        row["naive_choice"] = min(after, key=lambda name: float(after[name][-1].sum()))
+    return row
 
 
 # ----------------------------------------------------------------------------------- one row
@@ -206,9 +279,7 @@ def _drawn(where: faults.Scene, kind: str, seed: int) -> faults.Pool:
     return pool.rows(torch.from_numpy(order))
 
 
-def _trial_images(
-    program: Program, where: faults.Scene, kind: str, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _trial_images(program: Program, where: faults.Scene, kind: str, seed: int) -> TrialImages:
     """Return learning images with labels and held-out ones, wrong ones shared as a scan does."""
     scanned = _drawn(where, kind, seed)
     with torch.no_grad():

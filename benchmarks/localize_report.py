@@ -9,7 +9,7 @@ from typing import Any
 
 import faults
 import numpy as np
-from results_file import configuration, print_table, write_results
+from results_file import RESULTS, configuration, print_table, write_results
 from scipy.optimize import minimize
 
 from audit.verdict import BLAME_LEVEL, FLAG_THRESHOLD, ONSET_THRESHOLD
@@ -25,7 +25,11 @@ RIDGE = 0.1
 
 
 def report(rows: Sequence[Row], *, work: Path = Path("local/localize"), **settings: Any) -> None:
-    """Print the tables and write ``results/localize.json``."""
+    """Print the tables and write ``results/localize.json``.
+
+    Rows that stand there already stay unless there are newer ones of the same id.
+    """
+    rows = _with_committed(rows, None)
     counted = [row for row in rows if row["took"]]
     groups = {
         "all": counted,
@@ -59,12 +63,14 @@ def report(rows: Sequence[Row], *, work: Path = Path("local/localize"), **settin
     print_table("Faults that did not take", listed)
     alarms = _alarms(rows)
     print_table("Called faulty: healthy networks and harmless faults", alarms)
-    repairs, speeds = _lines(work / "repairs.jsonl"), _lines(work / "speed.jsonl")
+    repairs = _with_committed(_lines(work / "repairs.jsonl"), "full repairs")
+    speeds = _lines(work / "speed.jsonl") or _with_committed([], "speed")
     regrets = _regrets(repairs, counted)
     if regrets:
         print_table("Regret, in accuracy, of repairing the layer that a score names", regrets)
     if speeds:
-        print_table("Trials beside naive ones", speeds)
+        told = [{k: v for k, v in row.items() if k not in ("gains", "lead")} for row in speeds]
+        print_table("Trials by rounds beside all of them, and naive ones", told)
     summary = _summary(groups, rows, regrets, speeds)
     print_table("Summary", [{"name": name, "value": value} for name, value in summary.items()])
     config = configuration(
@@ -122,11 +128,12 @@ def _summary(
         summary["p90_regret"] = own_regret[0]["p90"]
         summary["repaired_faults"] = own_regret[0]["n"]
     if speeds:
-        ratios = [row["naive_s"] / row["ours_s"] for row in speeds]
+        ratios = [row["naive_s"] / row["ours_s"] for row in speeds if "naive_s" in row]
         summary["trial_speedup"] = round(float(np.median(ratios)), 2)
-        summary["trial_same_choice"] = round(
-            float(np.mean([row["same_choice"] for row in speeds])), 3
-        )
+        for name in ("same_choice", "tied"):
+            share = float(np.mean([row.get(name, False) for row in speeds]))
+            summary[f"trial_{name}"] = round(share, 3)
+        summary["trial_compared"] = len(speeds)
     cost = Path(__file__).parent / "results" / "evidence_cost.json"
     if cost.exists():
         summary["evidence_cost"] = json.loads(cost.read_text())["summary"]["largest_ratio"]
@@ -244,6 +251,15 @@ def _regrets(repairs: Sequence[Row], counted: Sequence[Row]) -> list[dict[str, A
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _with_committed(rows: Sequence[Row], what: str | None) -> list[Row]:
+    """Return the rows of this kind in the results file, by id replaced and followed by these."""
+    path = RESULTS / "localize.json"
+    stored = json.loads(path.read_text())["rows"] if path.exists() else []
+    earlier = [row for row in stored if row.get("what") == what]
+    found = {row["id"]: {k: v for k, v in row.items() if k != "what"} for row in earlier}
+    return list((found | {row["id"]: row for row in rows}).values())
 
 
 # ----------------------------------------------------------------------------------- fit

@@ -160,7 +160,7 @@ def compare_maps(
     masks = _recorded_masks(recorded, folder)
     threshold = float((run.info.get("config") or {}).get("map_threshold", ENERGY_THRESHOLD))
     scores = [
-        _score(one, judged.name, folder, wanted, masks, batch_size, on_batch)
+        score_maps(one, judged.name, folder, wanted, masks, batch_size, on_batch)
         for one in (network, network.with_state(parameters))
     ]
     at = np.array(wanted)
@@ -203,16 +203,22 @@ def _recorded_masks(cases: Mapping[str, Any], folder: ImageFolder) -> ObjectMask
     return open_masks(Path(path), folder)
 
 
-def _score(
+def score_maps(
     network: Network,
     layer: str,
     folder: ImageFolder,
     positions: Sequence[int],
     masks: ObjectMasks | None,
-    batch_size: int,
-    on_batch: Callable[[int], None] | None,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
 ) -> MapScores:
-    """Return the scores of the maps of the true class, by position."""
+    """Return the scores of a layer's Grad-CAM of the true class, by position.
+
+    Args:
+        positions: Places in the folder's records of the images to score, by the proxy.
+        masks: To score them against too.
+        on_batch: Called with the number of images of each batch.
+    """
     program, preprocessing = network.program, network.card.preprocessing
     scores = MapScores.empty(len(folder.records))
     for batch in iterate_batches(folder, positions, preprocessing, batch_size=batch_size):

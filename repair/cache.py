@@ -31,9 +31,11 @@ from audit.images import ImageFolder, iterate_batches
 
 if TYPE_CHECKING:
     from audit.networks import Network, Split
+    from audit.networks.guided_prefix import GuidedPrefix
     from repair.counterfactuals import Counterfactuals
 
 CacheKind = Literal["memory", "disk", "recompute"]
+Beside = Literal["images", "gates"]
 GIB = 2**30
 
 _SMALLEST_PASS, _LARGEST_PASS = 16, 64  # images per prefix pass
@@ -52,12 +54,14 @@ class CrossingBatch:
         labels: True classes, int64 (B,), there too.
         positions: Where the images stand in the folder's records, int64 (B,), on the CPU.
         images: What it all came from, normalized, (B, 3, H, W), where that was asked for.
+        gates: Those of `Split.guided_prefix` for the images, uint8 (B, bytes), likewise.
     """
 
     crossing: tuple[Tensor, ...]
     labels: Tensor
     positions: Tensor
     images: Tensor | None = None
+    gates: Tensor | None = None
 
 
 class CrossingTensors(Protocol):
@@ -98,7 +102,7 @@ def cross_tensors(
     disk: DiskSpace | None = None,
     kind: CacheKind | None = None,
     batch_size: int = 32,
-    with_images: bool = False,
+    beside: Beside | None = None,
     counterfactuals: Counterfactuals | None = None,
     on_skip: Callable[[int, str], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -116,7 +120,8 @@ def cross_tensors(
         disk: Where they may lie if that is too little; nowhere when None.
         kind: Decides in place of the budgets, to repeat an earlier choice.
         batch_size: Images that will be asked for at a time.
-        with_images: Keep the normalized images too.
+        beside: Keep the normalized images too, or the prefix's gates for guided gradients (the
+            images where an operation of the prefix has no rule there).
         counterfactuals: Makes of each image what takes its place.
         on_skip: Called with position and reason for each image that cannot be decoded.
         on_batch: Called with the number of images of each batch that was computed.
@@ -126,7 +131,7 @@ def cross_tensors(
         split=split,
         folder=folder,
         pass_size=min(max(batch_size, _SMALLEST_PASS), _LARGEST_PASS),
-        with_images=with_images,
+        beside=_beside(beside, split),
         counterfactuals=counterfactuals,
         on_skip=on_skip,
     )
@@ -179,19 +184,38 @@ class _Source:
     folder: ImageFolder
     pass_size: int
     on_skip: Callable[[int, str], None] | None
-    with_images: bool = False
     limit: BatchLimit = field(default_factory=BatchLimit)
+    beside: Beside | None = None
     counterfactuals: Counterfactuals | None = None
 
     def bytes(self, images: int) -> int:
         """Return the memory that so many images take."""
-        pixels = math.prod(self.network.program.input_size)
-        own = 4 * images * 3 * pixels if self.with_images else 0
-        return crossing_bytes(self.split, images) + own
+        own = 0
+        if self.beside == "images":
+            own = 4 * 3 * math.prod(self.network.program.input_size)
+        elif self.beside == "gates":
+            own = self._guided_prefix.bytes
+        return crossing_bytes(self.split, images) + own * images
 
     @property
     def tensors(self) -> int:
         return len(self.split.crossing_shapes)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of all that is stored, without the batch axis."""
+        own: list[tuple[int, ...]] = []
+        if self.beside == "images":
+            own = [(3, *self.network.program.input_size)]
+        elif self.beside == "gates":
+            own = [(self._guided_prefix.bytes,)]
+        return [*self.split.crossing_shapes, *own]
+
+    @property
+    def _guided_prefix(self) -> GuidedPrefix:
+        prefix = self.split.guided_prefix
+        assert prefix is not None  # see `_beside`
+        return prefix
 
     def batch(self, stored: Sequence[Tensor], labels: Tensor, positions: Tensor) -> CrossingBatch:
         """Return the batch whose tensors are stored in the order of `_tensors`."""
@@ -199,7 +223,8 @@ class _Source:
             crossing=tuple(stored[: self.tensors]),
             labels=labels,
             positions=positions,
-            images=stored[-1] if self.with_images else None,
+            images=stored[-1] if self.beside == "images" else None,
+            gates=stored[-1] if self.beside == "gates" else None,
         )
 
     def batches(self, indices: Sequence[int]) -> Iterator[CrossingBatch]:
@@ -215,8 +240,11 @@ class _Source:
                 batch = self.counterfactuals(batch)
             count = len(batch.indices)
             images = network.normalize(_filled_up(batch.pixels, self.pass_size))
-            crossing = self._prefix(images)
-            computed = (*crossing, *([images] if self.with_images else []))
+            computed = list(self._prefix(images))
+            if self.beside == "images":
+                computed.append(images)
+            elif self.beside == "gates":
+                computed.append(self._guided_prefix.gates(images))
             stored = [tensor[:count] for tensor in computed]
             yield self.batch(stored, self.labels(batch.indices), batch.indices)
 
@@ -243,7 +271,7 @@ class _Source:
             "shapes": self.split.crossing_shapes,
             "run_with": [torch.__version__, str(program.dtype), program.device.type],
             "pass_size": self.pass_size,
-            "with_images": self.with_images,
+            "beside": self.beside,
             "counterfactuals": self.counterfactuals.fingerprint if self.counterfactuals else None,
             "images": images,
         }
@@ -252,7 +280,12 @@ class _Source:
 
 def _tensors(batch: CrossingBatch) -> tuple[Tensor, ...]:
     """Return all that is stored of a batch."""
-    return batch.crossing if batch.images is None else (*batch.crossing, batch.images)
+    beside = batch.images if batch.gates is None else batch.gates
+    return batch.crossing if beside is None else (*batch.crossing, beside)
+
+
+def _beside(wanted: Beside | None, split: Split) -> Beside | None:
+    return "images" if wanted == "gates" and split.guided_prefix is None else wanted
 
 
 def _filled_up(pixels: Tensor, count: int) -> Tensor:
@@ -400,7 +433,7 @@ class RecomputedPrefix:
                 torch.cat([batch.positions for batch in batches]),
             )
         program = self._source.network.program
-        shapes = [*self._source.split.crossing_shapes, (3, *program.input_size)]
+        shapes = self._source.shapes
         nothing = torch.empty(0, dtype=torch.int64)
         return self._source.batch(
             [torch.empty((0, *shape), device=program.device) for shape in shapes],

@@ -7,17 +7,17 @@ themselves, so that `--help` answers at once.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from audit import console
-from audit.errors import ExportError, UsageError
+from audit.errors import UsageError
 from audit.options import CodeOption, JsonOption, TrustOption
 from repair.comparison_cli import compare_command
 from repair.config import AUTO, KEEPS, RepairConfig
 from repair.controls import CONTROLS, DEFAULT_CONTROLS, parse_controls
+from repair.export_cli import export_command
 from repair.grid_cli import grid_command
 from repair.losses import LOSSES
 from repair.options import (
@@ -224,58 +224,7 @@ def layer_command(
 app.command("transfer")(transfer_command)
 app.command("compare")(compare_command)
 app.command("grid")(grid_command)
-
-
-@app.command("export")
-def export_command(
-    run: RunOption = None,
-    repair: Annotated[
-        str | None,
-        typer.Option(help="Name of a repair; the newest finished by default.", metavar="NAME"),
-    ] = None,
-    original: Annotated[
-        bool, typer.Option("--original", help="Export the scanned model, unrepaired.")
-    ] = False,
-    opset: Annotated[
-        int | None, typer.Option(help="ONNX operator set; 18 by default.", metavar="N")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Further copy of the model, if it passes.", metavar="FILE"),
-    ] = None,
-    data: DataOption = None,
-    model: ModelOption = None,
-    trust_pickle: TrustOption = False,
-    code: CodeOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Export a repair to ONNX, and prove it equal on held-out images in onnxruntime."""
-    if original and repair is not None:
-        raise UsageError("--original and --repair exclude each other; give one of them")
-
-    from audit.runs import open_run_or_newest
-    from repair.export import ExportRequest, export_network
-    from repair.summary import export_summary
-
-    request = ExportRequest(
-        repair=repair,
-        original=original,
-        opset=opset,
-        out=out,
-        data=data,
-        model=model,
-        trust_pickle=trust_pickle,
-        code=code,
-    )
-    exported = export_network(open_run_or_newest(run), request)
-    if json:
-        console.print_json(exported.proof)
-    else:
-        console.stdout.print(export_summary(exported.proof, exported.model))
-    if not exported.passed:
-        raise ExportError(
-            f"the export is not equal to its source, do not use it: {exported.proof['reasons'][0]}"
-        )
+app.command("export")(export_command)
 
 
 def _stated(context: typer.Context, settings: dict[str, Any]) -> list[str]:

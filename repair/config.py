@@ -138,11 +138,19 @@ class RepairConfig:
         return LOSSES[self.loss]
 
     @property
-    def needs_images(self) -> bool:
-        """Whether a step needs the images themselves, beside what crosses the cut."""
+    def beside(self) -> dict[str, Literal["images", "gates"]]:
+        """What a step needs beside what crosses the cut, by split; empty for most losses."""
         looks_at = self.loss_function.looks_at
-        by_image = {"maps": "guided-gradcam", "gradients": "gradients"}
-        return looks_at is not None and self.saliency == by_image[looks_at]
+        if looks_at == "gradients" and self.saliency == "gradients":
+            return {"train": "images"}
+        if looks_at == "maps" and self.saliency == "guided-gradcam":
+            return {"train": "gates"}
+        return {}
+
+    @property
+    def looks_at_pixels(self) -> bool:
+        """Whether what the loss looks at has the size of the image."""
+        return bool(self.beside)
 
     @property
     def needs_maps(self) -> bool:

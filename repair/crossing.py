@@ -6,7 +6,7 @@ in one line, recorded, and repeated by a repair that is resumed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from audit.images import ImageFolder
 from audit.wording import byte_size
 from repair.cache import (
     GIB,
+    Beside,
     CacheKind,
     CrossingTensors,
     DiskSpace,
@@ -82,7 +83,7 @@ def cross_splits(
     *,
     earlier: Mapping[str, CacheKind] | None = None,
     batch_size: int = 32,
-    with_images: Collection[str] = (),
+    beside: Mapping[str, Beside] | None = None,
     counterfactuals: Mapping[str, Counterfactuals] | None = None,
     on_skip: Callable[[int, str], None] | None = None,
     on_choice: Callable[[Mapping[str, CrossingTensors]], None] | None = None,
@@ -98,7 +99,7 @@ def cross_splits(
         room: For all of them together.
         earlier: Kinds of cache that an earlier attempt chose, by split.
         batch_size: Images that will be asked for at a time.
-        with_images: Splits whose images themselves are kept too.
+        beside: By split, what is kept beside the crossing tensors.
         counterfactuals: By split, what takes the place of its images.
         on_skip: Called with place and reason for each image that cannot be decoded.
         on_choice: Called after each split with all that there is so far.
@@ -120,7 +121,7 @@ def cross_splits(
                 disk=space,
                 kind=(earlier or {}).get(name),
                 batch_size=batch_size,
-                with_images=name in with_images,
+                beside=(beside or {}).get(name),
                 counterfactuals=(counterfactuals or {}).get(name),
                 on_skip=on_skip,
                 on_batch=bar.advance,

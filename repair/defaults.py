@@ -1,7 +1,10 @@
 """What a repair does unless told otherwise: it depends on what the scan knows.
 
 Where a scan knows what the network may look at (masks) or must not (the region of an error group),
-the repair is told so; otherwise it has the paper's loss. `benchmarks/repair_shortcut.py` says why.
+the repair is told so; otherwise it has the paper's loss. Images in which the shortcut of an error
+group is wrong often enough teach the layer better of it than made ones; where it is nearly always
+right, or only masks are known, the images are counterfactuals. `benchmarks/repair_shortcut.py` has
+the figures.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repair.config import RepairConfig
-from repair.guidance import names_region
+from repair.guidance import names_region, scanned_with_masks, share_right
 
 if TYPE_CHECKING:
     from audit.networks import Layer
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 GUIDED_LOSS = "energy"
 UNGUIDED_LOSS = "trust"
+ENOUGH_COUNTEREXAMPLES = 0.25
+"""Share of the images in which the network looks at a group's region and is wrong."""
 
 
 def settle(
@@ -46,8 +51,11 @@ def settle(
     guided = names_region(run, masks=masks, group=group)
     loss = (GUIDED_LOSS if guided else UNGUIDED_LOSS) if layer.has_maps else "ce"
     config = replace(config, loss=loss)
-    if "counterfactuals" in choose:
-        config = replace(config, counterfactuals=guided)
+    if "counterfactuals" in choose and guided:
+        by_masks = masks is not None or (group is None and scanned_with_masks(run))
+        agreeing = None if by_masks else share_right(run, group)
+        enough = agreeing is not None and 1 - agreeing >= ENOUGH_COUNTEREXAMPLES
+        config = replace(config, counterfactuals=not enough)
     images = " on counterfactual images" if config.counterfactuals else ""
     return config, f"the loss is {loss}{images}: {_reason(layer, guided)}; --loss chooses another"
 

@@ -142,7 +142,7 @@ class _Bench:
             images.positions,
             choose_room(request.cache_gib),
             batch_size=config.batch_size,
-            with_images=("train",) if config.needs_images else (),
+            beside=config.beside,
         )
         return cls(
             run=run,

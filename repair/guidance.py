@@ -84,7 +84,7 @@ def find_guidance(
         raise UsageError("--masks and --group exclude each other; give one of them")
     if group is not None:
         return _away_from(_group(run, group), folder, positions, size)
-    recorded = ((run.info.get("cases") or {}).get("masks") or {}).get("path")
+    recorded = scanned_with_masks(run)
     path = masks or (Path(recorded) if recorded else None)
     if path is not None:
         return _on_objects(path, folder, positions, preprocessing, size, on_image)
@@ -99,10 +99,37 @@ def find_guidance(
 
 def names_region(run: Run, *, masks: Path | None = None, group: str | None = None) -> bool:
     """Return whether `find_guidance` has something to go by: masks, or a group with a region."""
-    recorded = ((run.info.get("cases") or {}).get("masks") or {}).get("path")
-    if masks is not None or group is not None or recorded:
+    if masks is not None or group is not None or scanned_with_masks(run):
         return True
     return _first_with_region(run) is not None
+
+
+def scanned_with_masks(run: Run) -> str | None:
+    """Return where the masks lie that the scan was given, None if there were none."""
+    return ((run.info.get("cases") or {}).get("masks") or {}).get("path")
+
+
+def share_right(run: Run, group: str | None = None) -> float | None:
+    """Return how often what an error group says is right where it looks at its region.
+
+    Of the images outside the test split that have the group's predicted class, and whose map lies
+    on its region, the share that is right. Maps were looked at in samples of wrong and of right
+    images; both counts are scaled up. None without a group that has a region.
+
+    Args:
+        run: The scan.
+        group: Identity of the group; the first one that has a region when None.
+    """
+    found = _group(run, group) if group is not None else _first_with_region(run)
+    if found is None or found.get("compared_share") is None:
+        return None
+    images = run.images
+    seen = images[images["split"] != "test"]
+    if found["predicted"] is not None:
+        seen = seen[seen["predicted"] == found["predicted"]]
+    right = int(seen["right"].sum()) * found["compared_share"]
+    wrong = found["size"] * run.groups["errors"] / max(1, run.groups["errors_looked_at"])
+    return float(right / (right + wrong)) if right + wrong else None
 
 
 def object_masks_at(

@@ -325,17 +325,13 @@ class _Repair:
                 room,
                 earlier=earlier,
                 batch_size=self.config.batch_size,
-                with_images=self._with_images,
+                beside=self.config.beside,
                 counterfactuals=self.counterfactuals,
                 on_skip=self.images.skip,
                 on_choice=note,
             )
         console.say(cache_line(self.layer.name, crossing))
         return crossing
-
-    @property
-    def _with_images(self) -> tuple[str, ...]:
-        return ("train",) if self.config.needs_images else ()
 
     @property
     def _cache_path(self) -> Path:
@@ -459,7 +455,7 @@ class _Repair:
                 choose_room(self.request.cache_gib, self.request.cache_disk_gib, folder),
                 earlier=recorded.get(plan.name),
                 batch_size=self.config.batch_size,
-                with_images=self._with_images if plan.loss != "ce" else (),
+                beside=self.config.beside if plan.loss != "ce" else {},
                 counterfactuals={} if plan.originals else self.counterfactuals,
                 on_skip=self.images.skip,
             )

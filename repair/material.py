@@ -145,7 +145,7 @@ def find_guide(
     def at(layer: Layer) -> Guidance | None:
         if not config.loss_function.needs_masks:
             return None
-        size = network.program.input_size if config.needs_images else layer.map_size
+        size = network.program.input_size if config.looks_at_pixels else layer.map_size
         if size not in found:
             found[size] = find_guidance(
                 run,

@@ -1,4 +1,4 @@
-"""What a repair or an export came to, as the command line prints it."""
+"""What a repair came to, as the command line prints it."""
 
 from __future__ import annotations
 
@@ -88,22 +88,6 @@ def comparison_summary(record: Record) -> RenderableType:
     return Group(*lines)
 
 
-def export_summary(proof: Record, model: Path) -> RenderableType:
-    """Return the outcome of an export: passed or failed, and by how much."""
-    equal, images = proof["top1_equal"], proof["images"]
-    return Group(
-        Text(f"ONNX export: {proof['status']}", style="bold"),
-        Text(f"Same class on {equal} of {images} held-out images in onnxruntime."),
-        Text(
-            f"Largest error of a logit: {_number(proof['max_abs_error'], '.2e')} absolute, "
-            f"{_number(proof['max_rel_error'], '.2e')} of the largest logit "
-            f"(tolerated: {proof['tolerance']:.0e})."
-        ),
-        *(Text(f"- {reason}") for reason in proof["reasons"]),
-        Text(f"Model: {model} ({(proof['bytes'] or 0) / 2**20:.1f} MiB)"),
-    )
-
-
 def _after(info: Record) -> list[RenderableType]:
     """Return what a repair did beyond accuracy."""
     lines: list[RenderableType] = []
@@ -149,7 +133,3 @@ def _percent(interval: Record) -> str:
 def _interval(interval: Record, *, digits: int) -> str:
     value, low, high = (interval[key] for key in ("value", "low", "high"))
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "unknown" if value is None else format(value, form)

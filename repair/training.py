@@ -260,13 +260,17 @@ def loss_terms(
         logits = split.suffix(crossing, parameters)
         return chosen.terms(_exact(logits), None, labels, config.penalty)
     by_image = config.saliency in ("guided-gradcam", "gradients")
-    if by_image and batch.images is None:
-        raise ValueError("gradients by the image need it; pass with_images to cross_tensors")
+    if by_image and batch.images is None and batch.gates is None:
+        raise ValueError(
+            "gradients by the image need it, or the prefix's gates; pass beside to cross_tensors"
+        )
     if chosen.looks_at == "gradients":
         images = batch.images if by_image else None
         maps, logits = trainable_gradients(split, crossing, parameters, images)
-    elif by_image and batch.images is not None:
-        maps, logits = trainable_guided_maps(split, batch.images, crossing, parameters, labels)
+    elif by_image:
+        maps, logits = trainable_guided_maps(
+            split, batch.images, crossing, parameters, labels, gates=batch.gates
+        )
     else:
         maps, logits = trainable_maps(split, crossing, parameters, labels)
     maps = _exact(maps).roll(rotation, dims=0)
@@ -398,6 +402,7 @@ def _rows(batch: CrossingBatch, rows: Tensor) -> CrossingBatch:
         labels=batch.labels[here],
         positions=batch.positions[rows.to(batch.positions.device)],
         images=None if batch.images is None else batch.images[here],
+        gates=None if batch.gates is None else batch.gates[here],
     )
 
 

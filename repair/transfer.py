@@ -232,7 +232,7 @@ def _cross(
         folder,
         wanted,
         choose_room(request.cache_gib),
-        with_images=("train",) if config.needs_images else (),
+        beside=config.beside,
     )
 
 

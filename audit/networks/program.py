@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +26,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.export.passes import move_to_device_pass
 
 from audit.errors import NetworkError
+from audit.networks.frozen_operations import convolution, frozen_batch_norm
+from audit.networks.guided_prefix import GuidedPrefix
 from audit.networks.layers import Layer, LayerKind, find_layer, with_aliases
 
 __all__ = ["BatchNorm", "Call", "Program", "Split"]
@@ -42,6 +45,7 @@ _LAYER_KINDS: dict[Any, LayerKind] = {
 _POOLS = {aten.max_pool2d.default, aten.avg_pool2d.default}
 ALL_LAYERS = "all layers"
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+_FOLDABLE = {aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default}
 _IMAGES = object()  # marks the placeholder of the images among the state names
 
 
@@ -308,7 +312,7 @@ class Program:
         for at, node in enumerate(self._nodes[: end + 1]):
             if node in wanted:
                 with torch.no_grad():  # not around the yield: it would reach into the caller
-                    values[node] = self._evaluate(node, values, images)
+                    values[node] = self.evaluate(node, values, images)
             for split in ready.get(at, ()):
                 yield split.layer.name, tuple(values[n] for n in split.crossing_nodes)
             for gone in expiring.get(at, ()):
@@ -448,6 +452,7 @@ class Program:
         *,
         tracked: Iterable[fx.Node] = (),
         rewrites: Mapping[Any, Callable[..., Any]] | None = None,
+        folded: bool = False,
     ) -> _Compiled:
         if key not in self._compiled:
             self._compiled[key] = _compile(
@@ -458,10 +463,21 @@ class Program:
                 self._sources,
                 set(tracked),
                 {**_REWRITES, **(rewrites or {})},
+                _foldable(self._nodes, {*outputs, *inputs}) if folded else {},
             )
         return self._compiled[key]
 
-    def _evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any], images: Tensor) -> Any:
+    # ---------------------------------------------------------------- node by node
+
+    @property
+    def images_node(self) -> fx.Node:
+        return self._images
+
+    def depends_on_images(self, node: fx.Node) -> bool:
+        return node in self._image_dependent
+
+    def evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any], images: Tensor | None) -> Any:
+        """Return the value of one node from those of the nodes that it takes."""
         if node is self._images:
             return images
         if node.op == "placeholder":
@@ -511,12 +527,35 @@ class Split:
         with torch.no_grad():
             return compiled((images,), self._program.state, None)
 
+    @cached_property
+    def guided_prefix(self) -> GuidedPrefix | None:
+        """How guided gradients pass the prefix; None where an operation in it has no rule."""
+        needed = _ancestors(self.crossing_nodes, stops=[self._program.images_node])
+        order = [node for node in self._program._nodes if node in needed]
+        return GuidedPrefix.build(self._program, order, self.crossing_nodes)
+
     def suffix(
         self, crossing: Sequence[Tensor], parameters: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Return the logits (B, K), differentiable in the layer's parameters."""
         compiled = self._program._compile(
             ("suffix", self.layer.name), [self._program._logits], self.crossing_nodes
+        )
+        return compiled(tuple(crossing), self._program.state, parameters)[0]
+
+    def folded_suffix(
+        self, crossing: Sequence[Tensor], parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return `suffix` with every batch norm multiplied into the convolution before it.
+
+        Equal but for rounding, with gradients, and faster where there are batch norms: these take
+        as long as convolutions do, most of all backward.
+        """
+        compiled = self._program._compile(
+            ("folded suffix", self.layer.name),
+            [self._program._logits],
+            self.crossing_nodes,
+            folded=True,
         )
         return compiled(tuple(crossing), self._program.state, parameters)[0]
 
@@ -763,6 +802,7 @@ def _compile(
     sources: Mapping[fx.Node, object],
     tracked: set[fx.Node],
     rewrites: Mapping[Any, Callable[..., Any]],
+    folds: Mapping[fx.Node, fx.Node],
 ) -> _Compiled:
     # The batch size is read off the first input, so that nothing else has to be kept for it.
     batch_sizes = {node for node in nodes if _is_batch_size(node)}
@@ -771,8 +811,14 @@ def _compile(
     entries = [node for node in nodes if node in wanted and isinstance(sources.get(node), str)]
     slots |= {node: _Slot(len(slots) + at) for at, node in enumerate(entries)}
     steps: list[_Step] = []
+    left_out = set(folds.values())
     for node in nodes:
-        if node not in wanted or node in slots or node.op not in ("call_function", "get_attr"):
+        if (
+            node in left_out
+            or node not in wanted
+            or node in slots
+            or node.op not in ("call_function", "get_attr")
+        ):
             continue
         function: Callable[..., Any]
         args: tuple[Any, ...]
@@ -781,6 +827,10 @@ def _compile(
             function, args = _batch_size, (_Slot(0),)
         elif node.op == "get_attr":
             function, args = operator.attrgetter(cast(str, node.target)), (root,)
+        elif node in folds:
+            convolution = folds[node]
+            function = _folding(cast(Callable[..., Tensor], convolution.target))
+            args = tuple(_with_slots(given, slots) for given in (convolution.args, node.args[1:]))
         else:
             function = rewrites.get(node.target, cast(Callable[..., Any], node.target))
             args = tuple(_with_slots(arg, slots) for arg in node.args)
@@ -797,6 +847,18 @@ def _compile(
         kept,
         len(slots),
     )
+
+
+def _foldable(nodes: Sequence[fx.Node], kept: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Return each batch norm with the convolution before it, where nothing else reads that one."""
+    found = {}
+    for node in nodes:
+        if node.target is _BATCH_NORM:
+            source = cast(fx.Node, node.args[0])
+            alone = len(source.users) == 1 and source not in kept
+            if source.target in _FOLDABLE and alone and not source.kwargs:
+                found[node] = source
+    return found
 
 
 def _with_slots(arg: Any, slots: Mapping[fx.Node, _Slot]) -> Any:
@@ -841,7 +903,7 @@ def _tracked(activations: Tensor) -> Tensor:
     return activations.detach().requires_grad_()
 
 
-def _frozen_batch_norm(
+def _batch_norm(
     activations: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -851,7 +913,27 @@ def _frozen_batch_norm(
     eps: float,
 ) -> tuple[Tensor]:
     # The functional form that export leaves behind has no fast double backward of its own.
-    return (F.batch_norm(activations, mean, variance, weight, bias, False, momentum, eps),)
+    return (frozen_batch_norm(activations, weight, bias, mean, variance, momentum, eps),)
+
+
+def _folding(convolution: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return a convolution and the batch norm after it, in eval mode, as one convolution."""
+
+    def run(taken: Sequence[Any], norm: Sequence[Any]) -> tuple[Tensor]:
+        activations, weight, *rest = taken
+        scale, shift, mean, variance, _, eps = norm
+        factor = (variance + eps).rsqrt()
+        if scale is not None:
+            factor = factor * scale
+        bias = (rest[0] - mean if rest and rest[0] is not None else -mean) * factor
+        if shift is not None:
+            bias = bias + shift
+        folded = weight * factor.view(-1, *[1] * (weight.dim() - 1))
+        # A network in half precision may keep its batch norms in single precision.
+        folded, bias = folded.to(weight.dtype), bias.to(weight.dtype)
+        return (convolution(activations, folded, bias, *rest[1:]),)
+
+    return run
 
 
 def _reshape(activations: Tensor, size: Sequence[int]) -> Tensor:
@@ -860,7 +942,8 @@ def _reshape(activations: Tensor, size: Sequence[int]) -> Tensor:
 
 
 _REWRITES: dict[Any, Callable[..., Any]] = {
-    _BATCH_NORM: _frozen_batch_norm,
+    _BATCH_NORM: _batch_norm,
+    aten.conv2d.default: convolution,
     aten.view.default: _reshape,
 }
 
@@ -898,8 +981,13 @@ def _guided_hardtanh(inputs: Tensor, low: float = -1.0, high: float = 1.0) -> Te
     return cast(Tensor, _GUIDED_RECTIFIER(inputs, high))
 
 
+def _guided_relu6(inputs: Tensor) -> Tensor:
+    return cast(Tensor, _GUIDED_RECTIFIER(inputs, 6.0))
+
+
 _GUIDED: dict[Any, Callable[..., Any]] = {
     aten.relu.default: _guided_relu,
+    aten.relu6.default: _guided_relu6,
     aten.hardtanh.default: _guided_hardtanh,
 }
 

@@ -19,6 +19,7 @@ from audit.networks.small_vgg import ARCHITECTURE, SmallVGG
 from audit.runs import RepairFolder, Run, open_repair, open_run, start_run
 from repair.config import RepairConfig
 from repair.decision import Predictions
+from repair.export import Exported, ExportRequest, export_network
 from repair.layer import RepairRequest, repair_layer
 
 CLASSES = ("disk", "square", "stripes")
@@ -130,6 +131,18 @@ def finished_copy(finished: tuple[Run, RepairFolder], tmp_path: Path) -> tuple[R
     copy = tmp_path / "copy" / run.name
     shutil.copytree(run.path, copy)
     return open_run(copy), open_repair(copy / "repairs" / repair.name)
+
+
+@pytest.fixture(scope="session")
+def served(
+    finished: tuple[Run, RepairFolder], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RepairFolder, Exported]:
+    """The repair exported with preprocessing and saliency in the graph; nobody changes it."""
+    run, repair = finished
+    copy = tmp_path_factory.mktemp("served") / run.name
+    shutil.copytree(run.path, copy)
+    request = ExportRequest(preprocess="nhwc", saliency=True)
+    return open_repair(copy / "repairs" / repair.name), export_network(open_run(copy), request)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from repair.cache import (
     cross_tensors,
     default_disk_bytes,
 )
-from repair.config import RepairConfig
+from repair.config import RepairConfig, Saliency
 from repair.layer import RepairRequest, repair_layer
 from repair.training import train_layer
 
@@ -96,7 +96,10 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("name", "tensors"), [("network", 1), ("residual", 2)])
-@pytest.mark.parametrize(("loss", "batch_size"), [("trust", 32), ("ce", 20)])
+@pytest.mark.parametrize(
+    ("loss", "batch_size", "saliency"),
+    [("trust", 32, "gradcam"), ("ce", 20, "gradcam"), ("trust", 20, "guided-gradcam")],
+)
 def test_training_ends_with_the_same_bits_from_every_kind(
     request: pytest.FixtureRequest,
     folder: ImageFolder,
@@ -105,17 +108,30 @@ def test_training_ends_with_the_same_bits_from_every_kind(
     tensors: int,
     loss: str,
     batch_size: int,
+    saliency: Saliency,
 ) -> None:
     network: Network = request.getfixturevalue(name)
-    config = RepairConfig(epochs=2, learning_rate=0.02, loss=loss, batch_size=batch_size)
+    config = RepairConfig(
+        epochs=2, learning_rate=0.02, loss=loss, batch_size=batch_size, saliency=saliency
+    )
     trained = {}
     for kind in KINDS:
         spaces = (DiskSpace(folder=tmp_path / split, budget_bytes=0) for split in ("train", "val"))
         train, val = (
-            cross(network, folder, space, split, kind=kind, batch_size=batch_size)
+            cross(
+                network,
+                folder,
+                space,
+                split,
+                kind=kind,
+                batch_size=batch_size,
+                beside=config.beside.get(split),
+            )
             for split, space in zip(("train", "val"), spaces, strict=True)
         )
         assert (train.kind, val.kind, train.tensors) == (kind, kind, tensors)
+        gates = train.batch(torch.arange(2)).gates
+        assert (gates is not None) == (saliency == "guided-gradcam")
         split = network.program.split(layer_of(network))
         trained[kind] = train_layer(split, train, val, config, loss=loss)
     memory = trained["memory"]
@@ -125,6 +141,28 @@ def test_training_ends_with_the_same_bits_from_every_kind(
             assert torch.equal(trained[kind].parameters[parameter], value), (kind, parameter)
         for row, expected in zip(trained[kind].history, memory.history, strict=True):
             assert {**row, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def test_guided_training_from_gates_is_that_of_the_whole_network(
+    network: Network, folder: ImageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RepairConfig(epochs=2, learning_rate=0.02, loss="trust", saliency="guided-gradcam")
+    split = network.program.split(DAMAGED)
+    trained = []
+    for without in (False, True):
+        if without:
+            monkeypatch.setattr(split, "guided_prefix", None)
+        train, val = (
+            cross(network, folder, None, name, layer=DAMAGED, budget_bytes=GENEROUS, beside="gates")
+            for name in ("train", "val")
+        )
+        batch = train.batch(torch.arange(2))
+        assert ((batch.images is None), (batch.gates is None)) == (not without, without)
+        trained.append(train_layer(split, train, val, config, loss="trust"))
+    gated, whole = trained
+    for name, value in whole.parameters.items():
+        assert not torch.equal(value, split.parameters[name])
+        torch.testing.assert_close(gated.parameters[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_the_files_hold_what_the_uncut_network_computes_there(

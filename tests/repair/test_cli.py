@@ -16,6 +16,8 @@ import repair.cli
 import repair.export
 from audit.networks import Network
 from audit.runs import RepairFolder, Run
+from repair.export import Exported
+from repair.onnx_serving import Form
 
 MakeRun = Callable[..., Run]
 
@@ -133,8 +135,8 @@ def test_a_failing_export_exits_with_one(
     run, _ = finished_copy
     export = repair.export.onnx_model
 
-    def corrupting(network: Network, opset: int) -> onnx.ModelProto:
-        model = export(network, opset)
+    def corrupting(network: Network, form: Form) -> onnx.ModelProto:
+        model = export(network, form)
         model.graph.initializer[0].raw_data = bytes(len(model.graph.initializer[0].raw_data))
         return model
 
@@ -171,3 +173,40 @@ def test_help_does_not_import_torch() -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert "--lambda" in ended.stdout
+
+
+def test_a_file_is_verified_by_the_command(
+    command: Callable[..., tuple[int, str, str]],
+    served: tuple[RepairFolder, Exported],
+    tmp_path: Path,
+) -> None:
+    repaired, exported = served
+    code, out, err = command("export", "--verify", exported.model)
+    assert code == 0, err
+    assert out.startswith("ONNX export: passed") and "Same class on 36 of 36" in out
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes(exported.model.read_bytes()[:-40])
+    run = repaired.path.parent.parent
+    code, out, err = command("export", "--verify", broken, "--run", run, "--json")
+    assert code == 1 and json.loads(out)["status"] == "failed"
+    assert err.splitlines()[-1].startswith("error: the file did not prove good, do not use it: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["--verify", "model.onnx", "--saliency"],
+            "--verify exports nothing; leave out --saliency",
+        ),
+        (["--checkpoint", "a.pt", "--original"], "--checkpoint stands for a model without a run"),
+        (["--checkpoint", "a.pt"], "--checkpoint needs --data DIR"),
+        (["--map-layer", "last_conv"], "add --saliency"),
+        (["--preprocess", "hwc"], "--preprocess is 'hwc'; expected one of nhwc, nchw"),
+    ],
+)
+def test_exports_that_contradict_themselves_end_with_two(
+    command: Callable[..., tuple[int, str, str]], arguments: list[str], line: str
+) -> None:
+    code, out, err = command("export", *arguments)
+    assert (code, out) == (2, "") and line in err and len(err.splitlines()) == 1

@@ -19,8 +19,10 @@ from audit.runs import Run
 from repair.cache import DiskSpace, cross_tensors
 from repair.config import RepairConfig
 from repair.counterfactuals import Counterfactuals, draw_donors, without_object
-from repair.guidance import outside_cells
+from repair.defaults import settle
+from repair.guidance import outside_cells, share_right
 from repair.layer import RepairRequest, repair_layer
+from repair.sources import open_scanned_network
 
 from .conftest import DAMAGED, SIDE
 
@@ -188,6 +190,30 @@ def test_a_known_region_decides_what_a_repair_does_by_default(
     assert unguided["config"]["loss"] == "trust"
     assert unguided["config"]["counterfactuals"] is False and unguided["counterfactuals"] == {}
     assert [one["name"] for one in unguided["controls"]] == ["ce"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "compared_share", "expected"),
+    [(20, 0.5, False), (20, 1.0, False), (1, 1.0, True), (1, 0.5, True)],
+)
+def test_images_with_enough_counterexamples_are_learned_from_as_they_are(
+    grouped: Run, wrong: int, compared_share: float, expected: bool
+) -> None:
+    seen = grouped.images[grouped.images["split"] != "test"]
+    by_class = seen["right"].groupby(seen["predicted"]).sum()
+    predicted, right = int(by_class.idxmax()), int(by_class.max())
+    group = {**grouped.groups["groups"][0], "predicted": predicted, "size": wrong}
+    group["compared_share"] = compared_share
+    document = {"groups": [group], "errors": 40, "errors_looked_at": 20}
+    grouped.write_groups(document, {}, [])
+    looking = {True: right * compared_share, False: 2 * wrong}  # half of the errors were looked at
+    agreeing = looking[True] / (looking[True] + looking[False])
+    assert share_right(grouped) == pytest.approx(agreeing)
+    assert (agreeing > 0.75) is expected
+    network_layer = open_scanned_network(grouped).layer(DAMAGED)
+    settled, sentence = settle(grouped, network_layer, CONFIG, AUTO)
+    assert settled.counterfactuals is expected and settled.loss == "energy"
+    assert sentence is not None and ("counterfactual" in sentence) is expected
 
 
 def test_the_control_of_the_images_as_they_are_is_the_repair_without_counterfactuals(

@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
 import repair.export
+import repair.onnx_comparison
 from audit.errors import ExportError, RunError
 from audit.files import read_json
 from audit.images import ImageFolder, load_pixels
@@ -23,24 +24,25 @@ from audit.networks import ModelCard, Network, open_network, write_card
 from audit.runs import RepairFolder, Run
 from repair.export import Exported, ExportRequest, export_network
 from repair.layer import RepairRequest, repair_layer
+from repair.onnx_serving import Form
 
 from .conftest import CLASSES, CONFIG, DAMAGED, write_run
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[tuple[str, int], onnx.ModelProto]:
-    """What the exporter returned so far, by network and operator set."""
+def models() -> dict[tuple[str, Form], onnx.ModelProto]:
+    """What the exporter returned so far, by network and form."""
     return {}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def each_network_exported_once(models: dict[tuple[str, int], onnx.ModelProto]) -> Iterator[None]:
+def each_network_exported_once(models: dict[tuple[str, Form], onnx.ModelProto]) -> Iterator[None]:
     export = repair.export.onnx_model
 
-    def remembered(network: Network, opset: int) -> onnx.ModelProto:
-        key = (network.sha256, opset)
+    def remembered(network: Network, form: Form) -> onnx.ModelProto:
+        key = (network.sha256, form)
         if key not in models:
-            models[key] = export(network, opset)
+            models[key] = export(network, form)
         copy = onnx.ModelProto()
         copy.CopyFrom(models[key])
         return copy
@@ -129,8 +131,8 @@ def test_an_export_with_other_weights_is_not_called_good(
     run, repair_folder = finished_copy
     export = repair.export.onnx_model
 
-    def corrupting(network: Network, opset: int) -> onnx.ModelProto:
-        model = export(network, opset)
+    def corrupting(network: Network, form: Form) -> onnx.ModelProto:
+        model = export(network, form)
         corrupt(model, factor)
         return model
 
@@ -150,8 +152,8 @@ def test_a_graph_that_the_checker_refuses_is_not_called_good(
     run, _ = finished_copy
     export = repair.export.onnx_model
 
-    def corrupting(network: Network, opset: int) -> onnx.ModelProto:
-        model = export(network, opset)
+    def corrupting(network: Network, form: Form) -> onnx.ModelProto:
+        model = export(network, form)
         model.graph.node[0].op_type = "NoSuchOperator"
         return model
 
@@ -166,7 +168,7 @@ def test_a_failed_export_leaves_no_older_model_that_looks_good(
 ) -> None:
     run, repair_folder = finished_copy
     assert export_network(run, ExportRequest()).passed
-    monkeypatch.setattr(repair.export, "TOLERANCE", 0.0)
+    monkeypatch.setattr(repair.onnx_comparison, "TOLERANCE", 0.0)
     assert not export_network(run, ExportRequest()).passed
     assert not repair_folder.onnx_model.exists()
     assert repair_folder.onnx is not None and repair_folder.onnx["status"] == "failed"
@@ -184,10 +186,10 @@ def test_the_scanned_network_can_be_exported_itself(
 
 
 def test_another_operator_set_is_given_or_refused(network: Network) -> None:
-    model = repair.export.onnx_model(network, 20)
+    model = repair.export.onnx_model(network, Form(opset=20))
     assert [entry.version for entry in model.opset_import] == [20]
     with pytest.raises(ExportError, match="operator set|cannot export"):
-        repair.export.onnx_model(network, 3)
+        repair.export.onnx_model(network, Form(opset=3))
 
 
 def test_a_run_without_repair_offers_the_original(make_run: Callable[..., Run]) -> None:
@@ -210,10 +212,15 @@ def test_a_residual_network_with_batch_norm_is_repaired_and_exported(
     from audit.networks import architectures
 
     arch_args = {"num_classes": len(CLASSES)}
-    card = replace(card, arch="torchvision:resnet18", arch_args=arch_args)
+    card = replace(card, arch="timm:test_resnet", arch_args=arch_args)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = architectures.build("torchvision:resnet18", arch_args)
+        module = architectures.build("timm:test_resnet", arch_args)
+        for part in module.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):  # else the last of a block silences it
+                torch.nn.init.uniform_(part.weight, 0.5, 1.5)
+                torch.nn.init.uniform_(part.running_mean, -0.5, 0.5)
+                torch.nn.init.uniform_(part.running_var, 0.5, 2)
     path = tmp_path / "residual.safetensors"
     save_file(module.state_dict(), path)
     write_card(card, path.with_suffix(".toml"))
@@ -221,7 +228,7 @@ def test_a_residual_network_with_batch_norm_is_repaired_and_exported(
     layer = "layer2.0.conv2"
     assert len(network.program.split(layer).crossing_shapes) == 2  # the shortcut passes it by
     run = write_run(tmp_path / "runs", photos, path, network, folder)
-    config = replace(CONFIG, epochs=1, controls=())
+    config = replace(CONFIG, epochs=1, controls=(), keep="last")
     repaired = repair_layer(run, config, RepairRequest(layer=layer))
     frozen = repaired.info["frozen"]
     assert frozen["identical"] == frozen["tensors"] == len(module.state_dict()) - 1
@@ -236,4 +243,14 @@ def test_a_residual_network_with_batch_norm_is_repaired_and_exported(
     assert set(frozen["changed"]) == {f"{layer}.weight", f"{norm}.weight", f"{norm}.bias"}
     exported = export_network(run, ExportRequest())
     assert exported.passed, exported.proof["reasons"]
-    assert f"{layer}.weight" in exported.proof["changed_initializers"]  # the norm is folded into it
+    # The norm is folded into the convolution, and its trained scale and shift with it.
+    explained = exported.proof["initializers"]["explained"]
+    assert set(explained) == {f"{layer}.weight", f"{layer}.weight_bias"}
+    assert all("with the batch norm behind it folded in" in text for text in explained.values())
+    module.load_state_dict(load_file(with_norm.weights), strict=False)
+    pixels = load_pixels(folder, range(9), network.card.preprocessing).pixels
+    session = onnxruntime.InferenceSession(exported.model, providers=["CPUExecutionProvider"])
+    (given,) = session.run(["logits"], {"images": network.normalize(pixels).numpy()})
+    with torch.no_grad():
+        expected = module.eval()((pixels / 255 - 0.5) / 0.25)
+    np.testing.assert_allclose(given, expected.numpy(), rtol=1e-4, atol=1e-5)

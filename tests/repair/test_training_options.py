@@ -304,7 +304,7 @@ def test_guided_training_without_images_says_what_is_missing(program: Program) -
     split = program.split("second")
     batch = replace(InMemory(split, *pictures()).batch(torch.arange(4)), images=None)
     config = RepairConfig(loss="trust", saliency="guided-gradcam")
-    with pytest.raises(ValueError, match="with_images"):
+    with pytest.raises(ValueError, match="beside"):
         repair.training.loss_terms(split, batch, split.parameters, config, "trust")
 
 

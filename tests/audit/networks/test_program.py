@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from audit.errors import LayerNotFoundError, NetworkError
-from audit.networks.program import Program
+from audit.networks.program import Program, Split
 from audit.networks.torchvision_import import import_torchvision
 from tests.audit.example_networks import CLASSES, NETWORKS, SIZE, Plain, images, labels, network
 
@@ -43,8 +46,11 @@ def test_prefix_then_suffix_is_the_whole_network_at_every_layer(name: str) -> No
         torch.testing.assert_close(split.suffix(crossing), module(given), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("suffix", [Split.suffix, Split.folded_suffix])
 @pytest.mark.parametrize("name", KINDS)
-def test_changed_layer_through_the_suffix_equals_the_changed_module(name: str) -> None:
+def test_changed_layer_through_the_suffix_equals_the_changed_module(
+    name: str, suffix: Callable[..., Tensor]
+) -> None:
     program, module = captured(name)
     given, targets = images(3, torch.float64), labels(3)
     for layer in program.layers:
@@ -57,7 +63,7 @@ def test_changed_layer_through_the_suffix_equals_the_changed_module(name: str) -
             for key, value in split.parameters.items()
         }
         leaves = {key: value.requires_grad_() for key, value in changed.items()}
-        loss = F.cross_entropy(split.suffix(split.prefix(given), leaves), targets)
+        loss = F.cross_entropy(suffix(split, split.prefix(given), leaves), targets)
         found = torch.autograd.grad(loss, list(leaves.values()))
 
         edited = copy.deepcopy(module)
@@ -68,6 +74,49 @@ def test_changed_layer_through_the_suffix_equals_the_changed_module(name: str) -
         expected = torch.autograd.grad(expected_loss, [edited.get_parameter(key) for key in leaves])
         torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(found, tuple(expected), rtol=1e-8, atol=1e-12)
+
+
+class Operations(TorchDispatchMode):
+    """Writes down the name of every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "left"), [("residual", 0), ("depthwise", 0), ("shared norm", 1)])
+def test_a_folded_suffix_runs_no_batch_norm_that_follows_a_convolution(
+    name: str, left: int
+) -> None:
+    module = SharedNorm().eval() if name == "shared norm" else network(name)
+    split = (program := Program.capture(module, SIZE)).split(program.layers[0].name)
+    crossing = split.prefix(images(3))
+    with Operations() as plain:
+        expected = split.suffix(crossing)
+    with Operations() as folded:
+        found = split.folded_suffix(crossing)
+    assert sum("batch_norm" in operation for operation in plain.names) > left
+    assert sum("batch_norm" in operation for operation in folded.names) == left
+    torch.testing.assert_close(found, expected)
+
+
+class SharedNorm(nn.Module):
+    """The output of the second convolution is read before its batch norm, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, CLASSES)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        hidden = self.conv2(self.bn1(self.conv1(pixels)))
+        return self.fc((hidden + self.bn2(hidden)).mean(dim=(2, 3)))
 
 
 @pytest.mark.parametrize("name", KINDS)
