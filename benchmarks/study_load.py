@@ -367,22 +367,25 @@ def postgresql_database() -> Iterator[tuple[str, Any, str]]:
             process = subprocess.Popen(
                 [*command, "-c", "listen_addresses=127.0.0.1"], stdout=log, stderr=log, **owned
             )
-        try:
-            await_port(port)
-        except RuntimeError as error:
-            told = (folder / "log").read_text()[-800:]
-            raise RuntimeError(f"PostgreSQL does not start: {told}") from error
-        return process
+        ready = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
+        for _ in range(300):  # recovery included
+            if process.poll() is not None:
+                break
+            if subprocess.run(ready).returncode == 0:
+                return process
+            time.sleep(0.2)
+        raise RuntimeError(f"PostgreSQL does not start: {(folder / 'log').read_text()[-800:]}")
 
     def kill() -> None:
         nonlocal server
         listed = subprocess.run(
             ["ps", "-o", "pid=", "--ppid", str(server.pid)], capture_output=True, text=True
         )
-        for process in (server.pid, *map(int, listed.stdout.split())):
+        children = [int(word) for word in listed.stdout.split()]
+        for process in (server.pid, *children):
             end(process)
         server.wait()
-        time.sleep(1.0)  # until the system has taken its shared memory back
+        await_end(children)  # they hold the shared memory, and PostgreSQL will not start beside it
         server = start()
 
     subprocess.run(
@@ -416,6 +419,24 @@ def end(process: int) -> None:
         os.kill(process, signal.SIGKILL)
     except ProcessLookupError:
         return
+
+
+def runs(process: int) -> bool:
+    """Return whether a process is there and no zombie."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
+
+
+def await_end(processes: list[int]) -> None:
+    """Return once none of them runs any more."""
+    for _ in range(300):
+        if not any(map(runs, processes)):
+            return
+        time.sleep(0.1)
+    raise RuntimeError("killed processes of PostgreSQL are still there after half a minute")
 
 
 def postgresql_programs() -> Path:
