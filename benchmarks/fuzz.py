@@ -34,6 +34,7 @@ import torch
 from audit.files import read_json, write_json
 from benchmarks.results_file import configuration, print_table, write_results
 from tests.fuzzing import (
+    BLOCKED_S,
     HANG_S,
     IMAGE_KINDS,
     MODEL_KINDS,
@@ -55,7 +56,7 @@ PARTS = Path(__file__).parents[1] / "local"  # families that are finished
 SAMPLE = 12  # of each family through the command line
 EXAMPLES = 3  # lines kept of each kind
 MEMORY_GIB = 4  # that a child may take beyond what it starts with
-GRACE_S = 20.0  # a child that says nothing for so long is stuck below Python
+GRACE_S = BLOCKED_S + 20.0  # a child that says nothing for so long is stuck below Python
 Case = tuple[str, str, int]
 
 
@@ -69,6 +70,7 @@ def main() -> None:
         parser.add_argument(f"--{family}", type=int, default=count)
     parser.add_argument("--sample", type=int, default=SAMPLE)
     parser.add_argument("--minutes", type=float, default=600, help="stop then; call again to go on")
+    parser.add_argument("--again", action="store_true", help="read what ended wrongly once more")
     parser.add_argument("--verbose", action="store_true", help="print every case")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
@@ -86,7 +88,8 @@ def main() -> None:
             parts.append(part)
     outcomes = [Outcome(**one) for part in parts for one in part["outcomes"]]
     wall = {part["family"]: part["seconds"] for part in parts}
-    _report(outcomes, wall, write=all(part["finished"] for part in parts))
+    again = sum(part.get("again", 0) for part in parts)
+    _report(outcomes, wall, again, write=all(part["finished"] for part in parts))
 
 
 def _go_on(
@@ -96,15 +99,17 @@ def _go_on(
     started_s, before_s = time.monotonic(), part["seconds"]
     cases = _cases(family, getattr(given, family))
     sample = cases[:: max(1, len(cases) // max(1, given.sample))][: given.sample]
-    done = len(part["outcomes"])
+    known = {(one["kind"], one["seed"]) for one in part["outcomes"]}
 
     def keep() -> None:
         part["seconds"] = round(before_s + time.monotonic() - started_s, 1)
         write_json(PARTS / f"fuzz-{family}.json", part)
 
     for outcome in chain(
-        _run_family(family, cases[done:], folder, given.verbose),
-        _through_commands(family, sample[max(0, done - len(cases)) :], folder),
+        _run_family(family, [c for c in cases if c[1:] not in known], folder, given.verbose),
+        _through_commands(
+            family, [c for c in sample if (f"{c[1]}, command", c[2]) not in known], folder
+        ),
     ):
         part["outcomes"].append(asdict(outcome))
         if len(part["outcomes"]) % 50 == 0:
@@ -120,6 +125,11 @@ def _kept(family: str, given: argparse.Namespace) -> dict[str, Any]:
     path = PARTS / f"fuzz-{family}.json"
     asked = [getattr(given, family), given.sample, FIRST_SEED]
     if path.is_file() and (part := read_json(path))["asked"] == asked:
+        if given.again:
+            harmless = [one for one in part["outcomes"] if one["ending"] in ("right", "line")]
+            part["again"] = part.get("again", 0) + len(part["outcomes"]) - len(harmless)
+            part["outcomes"] = harmless
+            part["finished"] = part["finished"] and not part["again"]
         return part
     return {"family": family, "asked": asked, "finished": False, "seconds": 0.0, "outcomes": []}
 
@@ -143,19 +153,22 @@ def _run_family(family: str, cases: list[Case], folder: Path, verbose: bool) -> 
         child = context.Process(target=_work, args=(family, waiting, str(folder), there))
         child.start()
         there.close()
-        for outcome in _until_silent(here, child, waiting):
-            if outcome.ending == "hang" and suspected != waiting[0]:
-                suspected = waiting[0]  # the machine may have been busy: once more, in a new child
-                break
-            done += 1
-            waiting.pop(0)
-            if verbose or outcome.ending not in ("right", "line"):
-                print(f"  {outcome}", file=sys.stderr)
-            if done % 200 == 0:
-                print(f"{family}: {done} of {len(cases)}", file=sys.stderr)
-            yield outcome
-        child.kill()
-        child.join()
+        try:
+            for outcome in _until_silent(here, child, waiting):
+                if outcome.ending == "hang" and suspected != waiting[0]:
+                    # The machine may have been busy: once more, in a new child.
+                    suspected = waiting[0]
+                    break
+                done += 1
+                waiting.pop(0)
+                if verbose or outcome.ending not in ("right", "line"):
+                    print(f"  {outcome}", file=sys.stderr)
+                if done % 200 == 0:
+                    print(f"{family}: {done} of {len(cases)}", file=sys.stderr)
+                yield outcome
+        finally:  # also where whoever asked has heard enough
+            child.kill()
+            child.join()
 
 
 def _until_silent(
@@ -348,7 +361,7 @@ def _scannable(folder: Path) -> Path:
 # ------------------------------------------------------------------------- figures
 
 
-def _report(outcomes: list[Outcome], wall: dict[str, float], *, write: bool) -> None:
+def _report(outcomes: list[Outcome], wall: dict[str, float], again: int, *, write: bool) -> None:
     rows = []
     for family, kinds in KINDS.items():
         for kind in (*kinds, *(f"{kind}, command" for kind in kinds)):
@@ -394,7 +407,15 @@ def _report(outcomes: list[Outcome], wall: dict[str, float], *, write: bool) -> 
         )
     wrong = [asdict(one) for one in outcomes if one.ending not in ("right", "line")]
     config = configuration(
-        "cpu", "pillow", "pyarrow", "safetensors", first_seed=FIRST_SEED, hang_s=HANG_S, wall_s=wall
+        "cpu",
+        "pillow",
+        "pyarrow",
+        "safetensors",
+        first_seed=FIRST_SEED,
+        hang_processor_s=HANG_S,
+        hang_blocked_s=BLOCKED_S,
+        wall_s=wall,
+        read_again_after_a_fix=again,
     )
     for path in PARTS.glob("fuzz-*.json"):
         path.unlink()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
 import re
-import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +106,12 @@ def unpickled(canary: Path) -> None:
 
 def endless(canary: Path) -> None:
     for _ in itertools.count():
-        time.sleep(0.01)
+        pass
+
+
+def blocked(canary: Path) -> None:
+    os.mkfifo(canary.parent / "pipe")
+    (canary.parent / "pipe").read_bytes()
 
 
 def failing(error: Exception) -> Callable[[Path], None]:
@@ -121,6 +126,7 @@ def failing(error: Exception) -> Callable[[Path], None]:
     [
         (unpickled, "code run"),
         (endless, "hang"),
+        (blocked, "hang"),
         (failing(KeyError("x")), "traceback"),
         (failing(WrongError("the good photo is gone")), "traceback"),
         (failing(NetworkError("no model file at x.pt")), "line"),
@@ -130,7 +136,8 @@ def failing(error: Exception) -> Callable[[Path], None]:
 def test_what_must_not_happen_is_noticed(
     read: Callable[[Path], None], ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.fuzzing.HANG_S", 0.2)
+    monkeypatch.setattr("tests.fuzzing.HANG_S", 0.5)
+    monkeypatch.setattr("tests.fuzzing.BLOCKED_S", 0.5)
     canary = tmp_path / "canary"
     outcome = observe("models", "x", 0, canary, lambda: read(canary))
     assert outcome.ending == ending

@@ -24,8 +24,8 @@ folder's `MODEL.toml`:
 from __future__ import annotations
 
 import difflib
-import math
 import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -213,7 +213,10 @@ def _numbers(name: str, given: Mapping[str, Any], count: int, expected: str) -> 
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    # Compared, not converted: TOML's whole numbers may be too large for a float.
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _plain(name: str, value: Any) -> Any:

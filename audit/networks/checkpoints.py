@@ -208,7 +208,7 @@ def _refuse_other_formats(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] or name for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
         raise _damaged(path, error) from error
     if "constants.pkl" in names:
         raise NetworkError(

@@ -180,3 +180,28 @@ def test_class_names_that_never_end_are_refused(
     (tmp_path / "names.json").write_text(text)
     with pytest.raises(NetworkError, match="is not valid JSON"):
         open_network(str(saved(state, tmp_path)), classes=tmp_path / "names.json")
+
+
+@pytest.mark.parametrize("field", ["crop", "std"])
+def test_a_number_too_large_for_a_float_is_named(
+    state: dict[str, torch.Tensor], tmp_path: Path, field: str
+) -> None:
+    path = saved(state, tmp_path)
+    lines = path.with_suffix(".toml").read_text().splitlines()
+    changed = [
+        f"{field} = 1{'0' * 400}" if line.startswith(f"{field} = ") else line for line in lines
+    ]
+    path.with_suffix(".toml").write_text("\n".join(changed))
+    assert f"{field} is 1000" in refused(path)
+
+
+def test_an_archive_with_a_member_of_no_valid_name_is_damaged(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = saved(state, tmp_path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/\N{LATIN SMALL LETTER E WITH ACUTE}", b"x")
+    path.write_bytes(
+        path.read_bytes().replace("\N{LATIN SMALL LETTER E WITH ACUTE}".encode(), b"\xf4x")
+    )
+    assert "is no readable torch file" in refused(path)
