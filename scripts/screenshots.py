@@ -26,7 +26,7 @@ from audit.runs import list_runs
 
 PAGES = {"overview": "", "layers": "layers", "scores": "layers?evidence=every", "cases": "cases",
          "images": "images", "image": "images?view=one", "groups": "groups", "repair": "repair",
-         "export": "export"}  # fmt: skip
+         "export": "export", "study": "study_setup", "votes": "study_results"}  # fmt: skip
 SIZES = {1440: 900, 420: 860}
 SCHEMES = ("light", "dark")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -74,7 +75,8 @@ class Visitor:
 
     def wait(self) -> None:
         """Wait until there is something of ours on the page and its script is done."""
-        self.tab.wait_for_selector('[data-testid="stMainBlockContainer"] .lm')
+        block = '[data-testid="stMainBlockContainer"] .lm'
+        self.tab.wait_for_selector(block, state="attached")
         self.tab.wait_for_function(
             "() => document.querySelector('[data-testid=\"stApp\"]')"
             "?.getAttribute('data-test-script-state') === 'notRunning'"
@@ -87,7 +89,7 @@ class Visitor:
         self.tab.wait_for_url(f"**/{page.lower()}**")
         self.wait()
 
-    def see(self, text: str, timeout_ms: float = 60_000) -> None:
+    def see(self, text: str | re.Pattern[str], timeout_ms: float = 60_000) -> None:
         self.tab.get_by_text(text).first.wait_for(timeout=timeout_ms)
 
     def choose(self, label: str, option: str) -> None:

@@ -104,8 +104,9 @@ def test_a_review_from_the_verdict_to_the_exported_model(scanned: Run, tmp_path:
     assert digest == proof["sha256"]
 
 
-def test_two_raters_vote_ten_times_each_and_the_votes_are_read(scanned: Run) -> None:
-    with served(scanned.path) as address, visiting() as visitor:
+def test_two_raters_vote_ten_times_each_and_the_votes_are_read(tmp_path: Path) -> None:
+    run = build_run(tmp_path, repairs=("accepted",), images=120)
+    with served(run.path) as address, visiting() as visitor:
         tab = visitor.tab
         visitor.open(f"{address}/study_setup")
         tab.get_by_label("Raters", exact=True).fill("2")
@@ -117,13 +118,15 @@ def test_two_raters_vote_ten_times_each_and_the_votes_are_read(scanned: Run) -> 
         assert len(set(links)) == 2
         for link in links:
             visitor.open(link)
+            tab.get_by_role("radiogroup").nth(2).wait_for()
             for group in tab.get_by_role("radiogroup").all():
                 group.locator("label").first.click()
             tab.get_by_role("button", name="Start").click()
             for votes in range(10):
-                visitor.see(f"{votes} of ")
+                visitor.see(re.compile(rf"^{votes} of \d+ answered"))
+                visitor.wait()  # the buttons of the question before are gone
                 tab.get_by_test_id("stBaseButton-secondary").first.click()
-            visitor.see("10 of ")
+            visitor.see(re.compile(r"^10 of \d+ answered"))
         visitor.open(f"{address}/study_results")
         visitor.see("Table 3")
         visitor.open(f"{address}/study_setup")
