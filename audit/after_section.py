@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["CASE_COLUMNS", "after_sentences", "case_moves"]
+__all__ = ["CASE_COLUMNS", "CASE_NAMES", "after_sentences", "case_moves"]
 
 Document = Mapping[str, Any]
 
@@ -18,6 +18,11 @@ CASE_NAMES = (
     "3 right, map inaccurate",
     "4 wrong, map inaccurate",
 )
+SOURCES = {
+    "masks": "by masks",
+    "votes": "by votes",
+    "proxy": "by the proxy, which is a weak one",
+}
 CASE_COLUMNS = tuple(f"After: {name}" for name in CASE_NAMES)
 
 
@@ -39,7 +44,7 @@ def after_sentences(repair: Document) -> list[str]:
     cases = repair.get("cases") or {}
     if cases.get("accurate"):
         accurate, p_value = cases["accurate"], cases["accurate"]["mcnemar"]["p_value"]
-        source = "by masks" if cases["source"] == "masks" else "by the proxy, which is a weak one"
+        source = SOURCES.get(cases["source"], SOURCES["proxy"])
         sentences.append(
             f"Accurate maps, {source}: {_change(accurate, 100, 1, ' %')} of {cases['images']} "
             f"images (McNemar {_p_text(p_value)})."

@@ -5,6 +5,7 @@ Results go to stdout, progress and notes to stderr. Errors are one line each, wi
 """
 
 import errno
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _PIPE_WIDTH = 120
+_LINES_EVERY_S = 1.0
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _LONGEST = 1500
 _REMEDIES = {
@@ -127,8 +129,9 @@ class Progress:
 def progress(description: str, total: int | None) -> Iterator[Progress]:
     """Show a long step on stderr with a bar, a count and the time left.
 
-    Where stderr is no terminal there is one plain line at the start and one at the end. Without a
-    total there is no time left to tell, only what is done.
+    Where stderr is no terminal there is one plain line at the start and one at the end; in between
+    one a second if `LAYERMEND_PROGRESS=lines` asks for them, for a program that reads along.
+    Without a total there is no time left to tell, only what is done.
     """
     if _stderr.is_terminal:
         yield from _live_bar(description, total)
@@ -154,12 +157,16 @@ def _live_bar(description: str, total: int | None) -> Iterator[Progress]:
 
 def _plain_lines(description: str, total: int | None) -> Iterator[Progress]:
     done = 0
+    started_s = said_s = time.monotonic()
+    often = os.environ.get("LAYERMEND_PROGRESS") == "lines" and total is not None
 
     def count(n: int) -> None:
-        nonlocal done
+        nonlocal done, said_s
         done += n
+        if often and time.monotonic() - said_s >= _LINES_EVERY_S:
+            said_s = time.monotonic()
+            say(f"{description}: {done} of {total}")
 
-    started_s = time.monotonic()
     say(f"{description} ..." if total is None else f"{description} (0 of {total}) ...")
     yield Progress(count)
     elapsed_s = time.monotonic() - started_s

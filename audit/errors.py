@@ -8,6 +8,7 @@
     ├── ImageError              a folder of images that cannot be used
     │   └── ClassMismatchError      class folders and model outputs do not fit together
     ├── RunError                a run folder that is missing, damaged or incomplete
+    │   └── VotesError              a study's database that cannot be reached, read or written
     ├── ExportError             an exported model that did not prove equal to its source
     └── GateTripped             exit code 3: a gate or `--fail-on-flag` said no
 
@@ -28,6 +29,7 @@ __all__ = [
     "RunError",
     "UntrustedPickleError",
     "UsageError",
+    "VotesError",
 ]
 
 
@@ -65,6 +67,10 @@ class ClassMismatchError(ImageError):
 
 class RunError(LayermendError):
     """A run folder that is missing, damaged, incomplete or of another schema version."""
+
+
+class VotesError(RunError):
+    """A database of a study's votes that cannot be reached, read or written."""
 
 
 class ExportError(LayermendError):

@@ -1,15 +1,16 @@
 """What the network looked at: a picture, its maps laid over it, and the words beneath.
 
 Maps are drawn in magma, a color map that keeps its order for every kind of color vision and in
-gray; where a map is zero the picture shows through. Cards are plain data for a template: text is
-never marked up here, so the template's escaping covers every name that came from a file.
+gray; where a map is zero the picture shows through. A page lays them over the picture itself, so
+that their opacity can change and the pointer finds each value. Cards are plain data for a template:
+text is never marked up here, so the template's escaping covers every name that came from a file.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,9 @@ __all__ = [
     "card",
     "color_scale",
     "data_uri",
+    "gallery_pictures",
+    "heat_picture",
+    "image_facts",
     "layer_strip",
     "outcome",
     "overlay",
@@ -34,26 +38,36 @@ __all__ = [
 ]
 
 COLOR_MAP = "magma"
+DRAWN_SIDE = 64  # pixels that a map has at least as it is drawn
+GRID_CELLS = 12  # a side, of the values that the pointer finds on a card
 LARGEST_PICTURE = 4096 * 4096
 Outcome = Literal["right", "wrong", "fixed", "broken", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One image as a data URI, and what it shows."""
+    """One image as a data URI, and what it shows.
+
+    Attributes:
+        heat: A map to lay over it, as a data URI that is clear where the map is zero.
+        values: The map's values as text, a row of cells each, for the pointer.
+    """
 
     title: str
     uri: str
+    heat: str = ""
+    values: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One image of the gallery with its maps, ready for a template."""
+    """One image with its maps, ready for a template; `href` is where it can be seen large."""
 
     name: str
     outcome: Outcome
     pictures: tuple[Picture, ...]
     facts: tuple[tuple[str, str], ...]
+    href: str = ""
 
 
 def overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -70,6 +84,29 @@ def overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
     opacity = 0.8 * np.sqrt(heat)[..., None]
     mixed = (1 - opacity) * muted + opacity * 255 * _colors(heat)
     return np.asarray(np.rint(mixed), dtype=np.uint8)
+
+
+def heat_picture(title: str, uri: str, heat: np.ndarray, *, cells: int = GRID_CELLS) -> Picture:
+    """Return a picture with a map to be laid over it.
+
+    Args:
+        uri: The picture.
+        heat: The map, (h, w) in [0, 1].
+        cells: Most cells a side whose values can be read; a larger map is averaged down to them.
+    """
+    heat = np.clip(np.nan_to_num(heat), 0, 1)
+    readable = _pooled(heat, cells)
+    # Smooth by itself: what prints a page does not always smooth what it scales up.
+    height, width = heat.shape
+    drawn = np.clip(_resized(heat, (max(height, DRAWN_SIDE), max(width, DRAWN_SIDE))), 0, 1)
+    opacity = np.sqrt(drawn)[..., None]
+    colors = np.concatenate([_colors(drawn), opacity], axis=-1)  # (h, w) -> (h, w, 4)
+    return Picture(
+        title=title,
+        uri=uri,
+        heat=_png_uri(np.rint(255 * colors).astype(np.uint8)),
+        values=tuple(tuple(f"{value:.2f}" for value in row) for row in readable),
+    )
 
 
 def outcome(entry: Mapping[str, Any]) -> Outcome:
@@ -89,21 +126,37 @@ def card(folder: Run | RepairFolder, place: int, method: str, layer: str) -> Car
         place: The image's position in the gallery's index.
     """
     entry = folder.gallery["images"][place]
-    pixels = read_pixels(folder.gallery_image(str(entry["id"])))
-    pictures = [Picture(title="Image", uri=data_uri(pixels))]
-    if isinstance(folder, RepairFolder):
-        for title, when in (("Before", "before"), ("After", "after")):
-            maps = folder.maps(method, layer, when)  # type: ignore[arg-type]
-            pictures.append(Picture(title=title, uri=_map_uri(pixels, maps, place)))
-    else:
-        maps = folder.maps(method, layer)
-        pictures.append(Picture(title="Map", uri=_map_uri(pixels, maps, place)))
     return Card(
         name=str(entry.get("path", entry["id"])),
         outcome=outcome(entry),
-        pictures=tuple(pictures),
-        facts=tuple(_facts(entry)),
+        pictures=gallery_pictures(folder, place, method, layer),
+        facts=tuple(image_facts(entry)),
     )
+
+
+def gallery_pictures(
+    folder: Run | RepairFolder, place: int, method: str, layer: str, *, cells: int = GRID_CELLS
+) -> tuple[Picture, ...]:
+    """Return one image of a gallery, then its map, or its maps before and after a repair.
+
+    Args:
+        place: The image's position in the gallery's index.
+        cells: Most cells a side whose values can be read.
+    """
+    entry = folder.gallery["images"][place]
+    uri = data_uri(read_pixels(folder.gallery_image(str(entry["id"]))))
+    if isinstance(folder, RepairFolder):
+        kept = {
+            "Before": folder.maps(method, layer, "before"),
+            "After": folder.maps(method, layer, "after"),
+        }
+    else:
+        kept = {"Map": folder.maps(method, layer)}
+    maps = [
+        heat_picture(title, uri, _one_map(found, place), cells=cells)
+        for title, found in kept.items()
+    ]
+    return (Picture(title="Image", uri=uri), *maps)
 
 
 def layer_strip(run: Run, place: int, method: str, titles: Mapping[str, str]) -> list[Picture]:
@@ -113,9 +166,9 @@ def layer_strip(run: Run, place: int, method: str, titles: Mapping[str, str]) ->
         titles: What to call each layer, by its name.
     """
     entry = run.gallery["images"][place]
-    pixels = read_pixels(run.gallery_image(str(entry["id"])))
+    uri = data_uri(read_pixels(run.gallery_image(str(entry["id"]))))
     return [
-        Picture(title=title, uri=_map_uri(pixels, run.maps(method, layer), place))
+        heat_picture(title, uri, _one_map(run.maps(method, layer), place))
         for layer, title in titles.items()
         if run.has_maps(method, layer)
     ]
@@ -127,21 +180,28 @@ def color_scale(steps: int = 9) -> list[str]:
     return ["#{:02x}{:02x}{:02x}".format(*color) for color in colors]
 
 
-# --- pieces ---------------------------------------------------------------------------------------
-
-
-def _facts(entry: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def image_facts(entry: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Return what is known of one image, by an entry of a gallery or a row of the tables."""
     yield "Label", str(entry.get("label_name", ""))
     repaired = entry.get("predicted_after_name") is not None
     yield ("Said before" if repaired else "Said"), str(entry.get("predicted_name", ""))
     if repaired:
         yield "Says after", str(entry["predicted_after_name"])
     if entry.get("p_true") is not None:
-        later = entry.get("p_true_after")
-        change = "" if later is None else f" \N{RIGHTWARDS ARROW} {percent(later)}"
-        yield "Chance of the label", f"{percent(entry['p_true'])}{change}"
+        yield "Chance of the label", _changed(entry, "p_true", percent)
+    if entry.get("case") is not None:
+        yield "Case", _changed(entry, "case", str)
     if entry.get("ssim") is not None:
         yield "Similarity of maps", number(entry["ssim"], 2)
+
+
+# --- pieces ---------------------------------------------------------------------------------------
+
+
+def _changed(entry: Mapping[str, Any], name: str, written: Callable[[Any], str]) -> str:
+    later = entry.get(f"{name}_after")
+    change = "" if later is None else f" \N{RIGHTWARDS ARROW} {written(later)}"
+    return f"{written(entry[name])}{change}"
 
 
 def read_pixels(path: Path) -> np.ndarray:
@@ -164,10 +224,30 @@ def read_pixels(path: Path) -> np.ndarray:
         raise RunError(f"gallery picture {path.name} cannot be read: {error}") from error
 
 
-def _map_uri(pixels: np.ndarray, maps: np.ndarray, place: int) -> str:
+def _one_map(maps: np.ndarray, place: int) -> np.ndarray:
     if place >= len(maps):
         raise RunError(f"the gallery has an image {place} and only {len(maps)} maps; scan again")
-    return data_uri(overlay(pixels, maps[place]))
+    return np.asarray(maps[place])
+
+
+def _pooled(heat: np.ndarray, cells: int) -> np.ndarray:
+    """Return the map averaged down to at most so many cells a side."""
+    for axis in (0, 1):
+        size = heat.shape[axis]
+        if size > cells:
+            edges = np.arange(cells) * size // cells
+            widths = np.diff([*edges, size])
+            shape = (-1, 1) if axis == 0 else (1, -1)
+            heat = np.add.reduceat(heat, edges, axis=axis) / widths.reshape(shape)
+    return heat
+
+
+def _png_uri(pixels: np.ndarray) -> str:
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode('ascii')}"
 
 
 def data_uri(pixels: np.ndarray) -> str:

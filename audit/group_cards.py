@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from audit.errors import RunError
-from audit.gallery import Card, Picture, data_uri, overlay, read_pixels
+from audit.gallery import Card, Picture, data_uri, heat_picture, overlay, read_pixels
 from audit.runs import Run
 from audit.wording import count, method_title, number, percent, span
 
@@ -25,13 +25,18 @@ GROUND = 58  # gray that a mean map is drawn on
 
 @dataclass(frozen=True, kw_only=True)
 class GroupCard:
-    """One error group: a sentence, mean maps, facts, and images that are in it."""
+    """One error group: a sentence, mean maps, facts, and images that are in it.
 
+    `href` is where all of its images can be seen.
+    """
+
+    id: str
     title: str
     sentence: str
     maps: tuple[Picture, ...]
     facts: tuple[tuple[str, str], ...]
     examples: tuple[Card, ...]
+    href: str = ""
 
 
 def group_cards(run: Run) -> list[GroupCard]:
@@ -48,6 +53,7 @@ def group_cards(run: Run) -> list[GroupCard]:
         raise RunError(f"{len(groups)} error groups and only {len(wrong)} mean maps; scan again")
     return [
         GroupCard(
+            id=str(group["id"]),
             title=_title(group),
             sentence=str(group["sentence"]),
             maps=tuple(_mean_maps(group, wrong[place], right[place])),
@@ -106,7 +112,9 @@ def _mean_maps(group: Mapping[str, Any], wrong: np.ndarray, right: np.ndarray) -
     # One scale for both, or the paler of the two would look as sure as the other.
     brightest = max((float(heat.max()) for heat in known.values()), default=1.0) or 1.0
     for title, heat in known.items():
-        yield Picture(title=title, uri=_drawn(heat / brightest, cells))
+        # The pointer finds the mean itself, not what it was scaled to.
+        values = heat_picture(title, "", heat).values
+        yield Picture(title=title, uri=_drawn(heat / brightest, cells), values=values)
 
 
 def _drawn(heat: np.ndarray, cells: Sequence[Sequence[float]]) -> str:
@@ -126,13 +134,13 @@ def _example(run: Run, entry: Mapping[str, Any], maps: np.ndarray) -> Card:
     place = int(entry["id"])
     if place >= len(maps):
         raise RunError(f"error groups name an example {place} of {len(maps)}; scan again")
-    pixels = read_pixels(run.group_image(str(entry["id"])))
+    uri = data_uri(read_pixels(run.group_image(str(entry["id"]))))
     return Card(
         name=str(entry["path"]),
         outcome="wrong",
         pictures=(
-            Picture(title="Image", uri=data_uri(pixels)),
-            Picture(title="Map", uri=data_uri(overlay(pixels, maps[place]))),
+            Picture(title="Image", uri=uri),
+            heat_picture("Map", uri, maps[place]),
         ),
         facts=(
             ("Label", str(entry["label_name"])),

@@ -96,7 +96,10 @@ SHAPES: dict[str, dict[str, Any]] = {
                     **{f"case{number}": _INTERVAL for number in range(1, 5)},
                 }
             ],
-            "scores": Each(_INTERVAL),
+            "scores": {
+                **dict.fromkeys(("energy_inside", "pointing_hits", "faithfulness"), _INTERVAL),
+                "energy_by_chance": NUMBER,
+            },
         },
     },
     "verdict.json": {

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from audit import __version__
-from audit.after_section import CASE_COLUMNS, after_sentences, case_moves
+from audit.after_section import after_sentences
+from audit.case_grid import moves_grid, scan_grid
 from audit.cases_section import NUMBERS as CASE_NUMBERS
 from audit.cases_section import cases_section
 from audit.errors import RunError
@@ -22,9 +24,11 @@ from audit.files import write_text
 from audit.gallery import Card, card
 from audit.group_cards import GroupCard, group_cards, groups_note
 from audit.layers_section import layers_section
+from audit.open_points import open_points
 from audit.record_shapes import reading
 from audit.rendering import Forest, forest, page
 from audit.runs import RepairFolder, Run
+from audit.training_curves import Curves, training_curves
 from audit.wording import (
     byte_size,
     comparison_rows,
@@ -36,11 +40,14 @@ from audit.wording import (
     model_title,
     moment,
     number,
+    p_value,
     penalty_sentences,
     percent,
+    points,
     proof_rows,
     repair_figures,
     scan_figures,
+    span,
     verdict_headline,
 )
 
@@ -49,8 +56,10 @@ __all__ = [
     "class_rows",
     "classes_note",
     "export_summary",
+    "material_sentences",
     "repair_facts",
     "repair_tone",
+    "test_rows",
     "write_report",
 ]
 
@@ -66,6 +75,7 @@ COMPARISON_NUMBERS = (
     "Difference",
     "McNemar",
 )
+TEST_NUMBERS = ("Difference", "95 % interval", "Fixed", "Broken", "McNemar")
 T = TypeVar("T")
 
 
@@ -111,6 +121,50 @@ def _class_row(
     return {"label": before["name"], "detail": detail, "value": value, "marks": marks}
 
 
+def test_rows(info: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the paired tests of a repair: against the network before, then against each control.
+
+    Args:
+        info: `repair.json`.
+    """
+    compared = [("Repair against the network before", info.get("difference"))]
+    compared += [
+        (f"Repair against control {control.get('name')}", control.get("versus_repair"))
+        for control in info.get("controls") or []
+    ]
+    return [_test_row(name, difference) for name, difference in compared if difference]
+
+
+def _test_row(name: str, difference: Mapping[str, Any]) -> dict[str, str]:
+    accuracy, test = difference.get("accuracy") or {}, difference.get("mcnemar") or {}
+    return {
+        "Comparison": name,
+        "Difference": points(accuracy.get("value")),
+        "95 % interval": span(accuracy, "points"),
+        "Fixed": count(test.get("fixed")),
+        "Broken": count(test.get("broken")),
+        "McNemar": p_value(test.get("p_value")),
+    }
+
+
+def material_sentences(info: Mapping[str, Any]) -> list[str]:
+    """Return what a repair learned from beside the images themselves, and which loss it had."""
+    config, sentences = info.get("config") or {}, []
+    if config.get("loss"):
+        sentences.append(f"The loss was {config['loss']}.")
+    guidance = info.get("guidance") or {}
+    if guidance.get("sentence"):
+        sentences.append(str(guidance["sentence"]))
+    made = {name: n for name, n in (info.get("counterfactuals") or {}).items() if n}
+    if made:
+        parts = [f"{count(number)} of {name}" for name, number in made.items()]
+        sentences.append(
+            f"It learned from counterfactual images, {' and '.join(parts)}: what must not matter "
+            "was taken from other images."
+        )
+    return sentences
+
+
 def repair_tone(repair: RepairFolder) -> str:
     """Return how a repair's banner is colored."""
     decided = {"accepted": "good", "rejected": "bad"}.get(repair.decision or "", "open")
@@ -152,14 +206,21 @@ def _context(run: Run) -> dict[str, Any]:
         "layers": layers_section(table, aliases, verdict) if table is not None else None,
         "groups": attempt(lambda: group_cards(run), no_groups),
         "groups_note": attempt(lambda: groups_note(run.groups), ""),
-        "repair": _repair(chosen) if chosen else None,
+        "open_points": open_points(run, chosen),
+        "repair": _repair(chosen, attempt(lambda: _curves(chosen), None)) if chosen else None,
         "comparison_numbers": COMPARISON_NUMBERS,
+        "test_numbers": TEST_NUMBERS,
+        "case_grid": scan_grid(run.info),
         "cases": cases_section(run.info, aliases),
         "case_numbers": CASE_NUMBERS,
         "cards": attempt(lambda: _cards(source), no_cards),
         "cards_caption": _cards_caption(source),
         "export": attempt(lambda: export_summary(chosen), None) if chosen else None,
-        "earlier": [_short(one) for one in repairs if one is not chosen],
+        "earlier": [
+            _repair(one, attempt(partial(_curves, one), None))
+            for one in repairs
+            if one is not chosen
+        ],
         "appendix": appendix(run, chosen),
         "skipped": _skipped(run.info),
         # Last, when every reader above had its say.
@@ -190,7 +251,7 @@ def _decision(repair: RepairFolder) -> dict[str, Any]:
     return {"tone": repair_tone(repair), "headline": decision_headline(repair.info), "said": said}
 
 
-def _repair(repair: RepairFolder) -> dict[str, Any]:
+def _repair(repair: RepairFolder, curves: Curves | None) -> dict[str, Any]:
     info = repair.info
     finished = bool(info.get("after"))
     return {
@@ -202,10 +263,13 @@ def _repair(repair: RepairFolder) -> dict[str, Any]:
         "reasons": _strings(info.get("reasons")),
         "figures": repair_figures(info) if finished else [],
         "penalty": penalty_sentences(info),
+        "earned": (info.get("penalty") or {}).get("earned"),
         "comparison": comparison_rows(info) if finished else [],
+        "learned_from": material_sentences(info) if finished else [],
+        "tests": test_rows(info) if finished else [],
+        "curves": curves,
         "after": after_sentences(info),
-        "case_columns": CASE_COLUMNS,
-        "case_moves": case_moves(info),
+        "cases": moves_grid(info),
         "classes": class_rows(info.get("before") or {}, info.get("after") or {}),
         "classes_note": classes_note(info.get("before") or {}),
         "facts": repair_facts(info),
@@ -269,12 +333,11 @@ def export_summary(repair: RepairFolder) -> dict[str, Any]:
     }
 
 
-def _short(repair: RepairFolder) -> dict[str, str]:
-    return {
-        "Started": moment(repair.created_utc),
-        "Layer": layer_title(repair.layer, repair.info.get("alias")),
-        "Outcome": decision_headline(repair.info),
-    }
+def _curves(repair: RepairFolder) -> Curves | None:
+    """Return the training curves; None where there are none, RunError where they are damaged."""
+    if not (repair.path / "history.parquet").is_file():
+        return None
+    return training_curves(repair.history)
 
 
 def appendix(run: Run, repair: RepairFolder | None) -> Iterable[tuple[str, list[tuple[str, str]]]]:

@@ -309,6 +309,16 @@ class _Folder:
             raise _damaged(path, error) from error
 
     def _table(self, name: str, schema: Mapping[str, str]) -> pd.DataFrame:
+        table = self._columns(name, schema)
+        try:
+            return table.select(_in_order(table.column_names, schema)).to_pandas()
+        except (ValueError, MemoryError, OverflowError) as error:  # Arrow's own are ValueErrors
+            raise _damaged(self.path / name, error) from error
+
+    def _columns(
+        self, name: str, schema: Mapping[str, str], wanted: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Return the columns `wanted` of a table, all there are when None; others are not read."""
         path = self.path / name
         if not path.is_file():
             raise RunError(f"{_shown(path)} is not there; the run is {self.status}")
@@ -317,18 +327,22 @@ class _Folder:
 
         try:
             self._check_table_size(path, pq.read_metadata(path).num_rows)
-            table = pq.read_table(path)
-            missing = sorted(set(schema) - set(table.column_names) - ADDED_LATER)
-            if missing:
-                raise RunError(f"{_shown(path)} lacks the columns {', '.join(missing)}; scan again")
-            for column in [name for name in schema if name not in table.column_names]:
+            with pq.ParquetFile(path) as file:
+                held = file.schema_arrow.names
+                missing = sorted(set(schema) - set(held) - ADDED_LATER)
+                if missing:
+                    lacks = f"{_shown(path)} lacks the columns {', '.join(missing)}; scan again"
+                    raise RunError(lacks)
+                read = None if wanted is None else [one for one in wanted if one in held]
+                table = file.read(columns=read)
+            for column in [one for one in wanted or schema if one not in held]:
                 unknown = pa.nulls(len(table), pa.type_for_alias(schema[column]))
                 table = table.append_column(column, unknown)
             for place, column in enumerate(table.column_names):
                 if column in schema:
                     kind = pa.type_for_alias(schema[column])
                     table = table.set_column(place, column, table.column(column).cast(kind))
-            return table.select(_in_order(table.column_names, schema)).to_pandas()
+            return table if wanted is None else table.select(list(wanted))
         except (OSError, pa.ArrowException, ValueError, MemoryError, OverflowError) as error:
             raise _damaged(path, error) from error
 
@@ -356,6 +370,10 @@ class Run(_Folder):
     @cached_property
     def images(self) -> pd.DataFrame:
         return self._table("images.parquet", RUN_IMAGES)
+
+    def image_columns(self, *names: str) -> pa.Table:
+        """Return some columns of the images' table, in that order; nothing else is read."""
+        return self._columns("images.parquet", RUN_IMAGES, names)
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -543,6 +561,10 @@ class RepairFolder(_Folder):
     def images(self) -> pd.DataFrame:
         return self._table("images.parquet", REPAIR_IMAGES)
 
+    def image_columns(self, *names: str) -> pa.Table:
+        """Return some columns of the held-out images' table, in that order."""
+        return self._columns("images.parquet", REPAIR_IMAGES, names)
+
     @property
     def onnx(self) -> dict[str, Any] | None:
         """The export's proof, or None where nothing was exported."""
@@ -552,6 +574,11 @@ class RepairFolder(_Folder):
     @property
     def onnx_model(self) -> Path:
         return self.path / "model.onnx"
+
+    @property
+    def onnx_card(self) -> Path:
+        """What the exported model says about itself, Markdown."""
+        return self.path / "model.md"
 
     @property
     def weights(self) -> Path:

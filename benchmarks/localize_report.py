@@ -64,7 +64,7 @@ def report(rows: Sequence[Row], *, work: Path = Path("local/localize"), **settin
     alarms = _alarms(rows)
     print_table("Called faulty: healthy networks and harmless faults", alarms)
     repairs = _with_committed(_lines(work / "repairs.jsonl"), "full repairs")
-    speeds = _lines(work / "speed.jsonl") or _with_committed([], "speed")
+    speeds = _with_committed(_lines(work / "speed.jsonl"), "speed")
     regrets = _regrets(repairs, counted)
     if regrets:
         print_table("Regret, in accuracy, of repairing the layer that a score names", regrets)
@@ -131,8 +131,9 @@ def _summary(
         ratios = [row["naive_s"] / row["ours_s"] for row in speeds if "naive_s" in row]
         summary["trial_speedup"] = round(float(np.median(ratios)), 2)
         for name in ("same_choice", "tied"):
-            share = float(np.mean([row.get(name, False) for row in speeds]))
-            summary[f"trial_{name}"] = round(share, 3)
+            known = [row[name] for row in speeds if name in row]
+            if known:
+                summary[f"trial_{name}"] = round(float(np.mean(known)), 3)
         summary["trial_compared"] = len(speeds)
     cost = Path(__file__).parent / "results" / "evidence_cost.json"
     if cost.exists():

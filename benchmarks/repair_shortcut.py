@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument(
         "--networks", nargs="+", default=["resnet", "vgg", "efficientnet"], help="of the cases"
     )
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--faults", type=Path, default=Path("local/localize"))
     parser.add_argument("--work", type=Path, default=Path("local/repair_shortcut"))
     options = parser.parse_args()
@@ -146,7 +147,7 @@ def main() -> None:
     cases = [case for case in all_cases(options.faults) if case.network in options.networks]
     done = {(r["case"], r["regime"], r["seed"], r["method"]) for r in _read(options.work)}
     kept = options.work / f"rows-{options.part}.jsonl"
-    for seed in SEEDS:
+    for seed in options.seeds:
         for case in cases[options.part :: options.parts]:
             for regime in case.regimes:
                 methods = {

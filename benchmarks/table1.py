@@ -32,7 +32,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,23 @@ def main() -> None:
     kept = options.work / ("rows.jsonl" if name == "table1" else f"{name}.jsonl")
     rows = _joined(_committed(name), _read(kept))
     if options.action == "train":
+        _check_alike(options, rows.values())
         _train(options, kept, set(rows))
     else:
         _report(name, options, list(rows.values()))
+
+
+def _check_alike(options: argparse.Namespace, rows: Iterable[Mapping[str, Any]]) -> None:
+    """End the script where rows of the same table were made by other settings."""
+    for row in rows:
+        if row["size"] == options.size and row["photos"] in options.photos:
+            was = (row["epochs"], row["validated"], row["tested"])
+            if was != (options.epochs, options.val, options.test):
+                raise SystemExit(
+                    f"error: there are rows of {row['photos']} photographs of {row['size']} px by "
+                    f"--epochs {was[0]} --val {was[1]} --test {was[2]}; rows of one table have to "
+                    "be alike, so give the same, or another --size or --photos"
+                )
 
 
 def _train(options: argparse.Namespace, kept: Path, done: set[Key]) -> None:

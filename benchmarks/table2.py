@@ -79,6 +79,8 @@ SCORED = 400
 COMPOSITES: dict[Split, int] = {"train": 1500, "val": 500, "test": 500}
 COMPOSITE_EPOCHS = 10
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+MADE_BY = ("photos", "epochs", "layer")
+"""Options that rows must share to stand in one table."""
 BASE = RepairConfig(loss="trust", scale="classes", controls=())
 PAPER = {  # VGG-16 on ImageNet, in %: accuracy, precision, recall before and at the best point
     "before": (66.0, 49.7, 50.8),
@@ -138,7 +140,7 @@ def main() -> None:
     options.kept = options.work / f"{options.name}.jsonl"
     options.work.mkdir(parents=True, exist_ok=True)
     if options.action == "report":
-        _report(options, _read(options.kept))
+        _report(options, _read(options))
         return
     for name in options.tasks:
         task = imagenet_task(options) if options.imagenet else TASKS[name](options)
@@ -156,7 +158,7 @@ class _Bench:
         self.task, self.seed, self.options = task, seed, options
         self.split = task.network.program.split(task.layer)
         self.rows = [
-            row for row in _read(options.kept) if (row["task"], row["seed"]) == (task.name, seed)
+            row for row in _read(options) if (row["task"], row["seed"]) == (task.name, seed)
         ]
 
     def run(self) -> None:
@@ -285,7 +287,8 @@ class _Bench:
         return any(all(row.get(k) == v for k, v in wanted.items()) for row in self.rows)
 
     def _keep(self, row: dict[str, Any]) -> None:
-        row = {"task": self.task.name, "seed": self.seed, **row}
+        made_by = {name: getattr(self.options, name) for name in MADE_BY}
+        row = {"task": self.task.name, "seed": self.seed, **made_by, **row}
         self.rows.append(row)
         with self.options.kept.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
@@ -639,8 +642,11 @@ def _over(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return round(float(np.mean(values)), 4) if values else None
 
 
-def _read(kept: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows that are kept of the same settings."""
+    kept: Path = options.kept
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    return [row for row in rows if all(row.get(name) == getattr(options, name) for name in MADE_BY)]
 
 
 if __name__ == "__main__":

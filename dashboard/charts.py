@@ -6,31 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
+from audit.training_curves import training_role
+
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["BAD", "GOOD", "history_chart", "profile_chart"]
 
-GOOD, BAD, THIRD = "#2b7fc3", "#d9652b", "#8a7fb8"
-
-_ROLES = {  # of a training's history: what the legend calls it, and its color
-    "repair": ("repair", GOOD),
-    "ce": ("control: plain cross entropy", THIRD),
-    "shuffled": ("control: shuffled maps", BAD),
-    "next-layer": ("control: next best layer", "#3f9b6d"),
-    "random-layer": ("control: random layer", "#b8992e"),
-    "last-layer": ("control: last linear layer", "#6d7680"),
-    "full": ("control: all layers", "#a3567a"),
-    "auto-rgn": ("control: all layers, by gradient norm", "#5a5a2e"),
-}
-_UNKNOWN_COLOR = "#a9b0b7"
+GOOD, BAD = "#2b7fc3", "#d9652b"
 
 
-def profile_chart(rows: pd.DataFrame, title: str, *, as_percent: bool) -> Any:
+def profile_chart(
+    rows: pd.DataFrame, title: str, *, as_percent: bool, small: bool = False, named: bool = True
+) -> Any:
     """Return one number per layer over depth, with its interval where there is one.
 
     Args:
         rows: `index`, `label`, `value`, `low`, `high` (may be null) and `flagged`.
+        small: Whether it stands among others, its title above it.
+        named: Whether the layers' names stand beneath.
     """
     order = rows.sort_values("index")["label"].tolist()
     shown = ".1%" if as_percent else ".3~g"
@@ -38,12 +32,15 @@ def profile_chart(rows: pd.DataFrame, title: str, *, as_percent: bool) -> Any:
         "label:N",
         sort=order,
         title=None,
-        axis=alt.Axis(labelAngle=-45, labelOverlap="greedy", ticks=False, domain=False),
+        axis=alt.Axis(
+            labels=named, labelAngle=-45, labelOverlap="greedy", ticks=False, domain=False
+        ),
     )
     color = alt.Color(
         "flagged:N", scale=alt.Scale(domain=[True, False], range=[BAD, GOOD]), legend=None
     )
-    axis = alt.Axis(format=".0%" if as_percent else ".3~g", tickCount=6)
+    axis = alt.Axis(format=".0%" if as_percent else ".3~g", tickCount=3 if small else 6)
+    y_title = None if small else title
     chart = alt.Chart(rows)
     tooltip = [
         alt.Tooltip("name:N", title="Layer"),
@@ -54,23 +51,24 @@ def profile_chart(rows: pd.DataFrame, title: str, *, as_percent: bool) -> Any:
     zero = alt.Chart(rows.head(1)).mark_rule(strokeDash=[4, 3], color="#8a9199")
     layers = [
         chart.mark_rule(strokeWidth=5, strokeCap="round", opacity=0.45).encode(
-            x=x, y=alt.Y("low:Q", title=title, axis=axis), y2="high:Q", color=color
+            x=x, y=alt.Y("low:Q", title=y_title, axis=axis), y2="high:Q", color=color
         ),
-        chart.mark_circle(size=95, opacity=1).encode(
-            x=x, y=alt.Y("value:Q", title=title, axis=axis), color=color, tooltip=tooltip
+        chart.mark_circle(size=60 if small else 95, opacity=1).encode(
+            x=x, y=alt.Y("value:Q", title=y_title, axis=axis), color=color, tooltip=tooltip
         ),
     ]
     if as_percent:
         layers.insert(0, zero.encode(y=alt.datum(0)))
-    return alt.layer(*layers).properties(height=340)
+    whole = alt.layer(*layers)
+    if not small:
+        return whole.properties(height=340)
+    heading = alt.Title(title, anchor="start", fontSize=12, fontWeight=500)
+    return whole.properties(height=170 if named else 110, title=heading)
 
 
 def history_chart(history: pd.DataFrame) -> Any:
     """Return the validation cross entropy over the epochs of the repair and of its controls."""
-    drawn = {
-        role: _ROLES.get(role, (f"control: {role}", _UNKNOWN_COLOR))
-        for role in dict.fromkeys(history["role"])
-    }
+    drawn = {role: training_role(role) for role in dict.fromkeys(history["role"])}
     rows = history.assign(trained=[drawn[role][0] for role in history["role"]])
     color = alt.Color(
         "trained:N",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,12 @@ import typer
 
 from audit.console import run_app
 from audit.errors import LayermendError, RunError
+from dashboard.study import STUDY_ONLY_VARIABLE, VOTES_VARIABLE
 
-__all__ = ["RUNS_VARIABLE", "app", "main", "streamlit_arguments"]
+__all__ = ["READ_ONLY_VARIABLE", "RUNS_VARIABLE", "app", "main", "streamlit_arguments"]
 
 RUNS_VARIABLE = "LAYERMEND_RUNS"
+READ_ONLY_VARIABLE = "LAYERMEND_READ_ONLY"
 APP = Path(__file__).with_name("app.py")
 
 # Both color schemes are given, so that the page follows the reader's system.
@@ -51,17 +54,46 @@ def dashboard(
     runs: Annotated[
         Path, typer.Argument(help="A run folder, or a folder of runs.", metavar="RUNS")
     ] = Path("runs"),
+    votes: Annotated[
+        str | None,
+        typer.Option(
+            envvar=VOTES_VARIABLE,
+            metavar="URL",
+            help="Database of the study's votes, such as postgresql://USER@HOST/NAME; "
+            "votes.sqlite in each run by default.",
+        ),
+    ] = None,
+    study_only: Annotated[
+        bool,
+        typer.Option(
+            "--study-only",
+            help="Show studies to those who hold a rater's link, and nothing else.",
+        ),
+    ] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
     host: Annotated[
         str,
         typer.Option(help="Address to listen on; others than localhost are open to the network."),
     ] = "localhost",
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Nobody can start a repair or an export.")
+    ] = False,
 ) -> None:
-    """Look at scans and repairs in the browser."""
+    """Look at scans and repairs in the browser, and let colleagues vote."""
     if not runs.is_dir():
         raise RunError(f"no folder {runs}; start with `audit scan MODEL --data DIR`")
+    if votes:
+        from dashboard.study.store import check_url
+
+        check_url(votes)
+        os.environ[VOTES_VARIABLE] = votes
+    if study_only:
+        os.environ[STUDY_ONLY_VARIABLE] = "1"
     _require_free(host, port)
     os.environ[RUNS_VARIABLE] = str(runs.resolve())
+    if read_only:
+        os.environ[READ_ONLY_VARIABLE] = "1"
+    threading.Thread(target=_warm_up, daemon=True).start()
     from streamlit.web.cli import main as streamlit
 
     streamlit(streamlit_arguments(host, port), prog_name="streamlit", standalone_mode=False)
@@ -81,6 +113,20 @@ def streamlit_arguments(host: str, port: int) -> list[str]:
         **THEME,
     }
     return ["run", str(APP), *(f"--{name}={value}" for name, value in options.items())]
+
+
+def _warm_up() -> None:
+    """Import what the first page needs while the server starts, so that nobody waits for it."""
+    import altair
+    import matplotlib
+    import pandas
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    import audit.report  # noqa: F401
+
+    del altair, pandas, pyarrow
+    matplotlib.colormaps["magma"](0.5)
 
 
 def _require_free(host: str, port: int) -> None:

@@ -1,7 +1,8 @@
 """Which run, and which of its repairs, the pages show.
 
-The choice is made in the sidebar on every page and read by the page with `selected`. Folders are
-read anew each time, so a scan that is still running fills in as it goes.
+The choice is made in the sidebar on every page and read by the page with `selected`; it stands in
+the address. Folders are read anew when a file in them has changed, so a scan that is still running
+fills in as it goes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import streamlit as st
@@ -19,16 +20,26 @@ from audit.record_shapes import reading
 from audit.rendering import part
 from audit.runs import DamagedFolder, RepairFolder, Run, list_damaged_runs, list_runs, open_run
 from audit.wording import count, moment
+from dashboard import address
 from dashboard.cli import RUNS_VARIABLE
 
-__all__ = ["aliases", "choose", "command", "problems_shown", "selected"]
+__all__ = [
+    "aliases",
+    "choose",
+    "command",
+    "folder_state",
+    "listed_runs",
+    "problems_shown",
+    "runs_root",
+    "selected",
+]
 
 _CHOICE = "layermend_choice"
 
 
 def choose() -> bool:
     """Show the pickers; return whether there is a run to show."""
-    root = Path(os.environ.get(RUNS_VARIABLE, "runs"))
+    root = runs_root()
     runs, damaged = _readable(root)
     with st.sidebar:
         st.html('<p class="lm lm-wordmark">layermend</p>')
@@ -39,6 +50,28 @@ def choose() -> bool:
     if run is None:
         _show_nothing(root, damaged)
     return run is not None
+
+
+def runs_root() -> Path:
+    """Return the run, or the folder of runs, that the server was started on."""
+    return Path(os.environ.get(RUNS_VARIABLE, "runs"))
+
+
+def listed_runs() -> list[Run]:
+    """Return every readable run that the server was started on, newest first."""
+    return _readable(runs_root())[0]
+
+
+def folder_state(*folders: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return names, times and sizes of what lies in folders: it differs once a file has changed."""
+    found = []
+    for folder in folders:
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                with suppress(OSError):  # gone in the meantime
+                    stat = entry.stat()
+                    found.append((entry.path, stat.st_mtime_ns, stat.st_size))
+    return tuple(sorted(found))
 
 
 def selected() -> tuple[Run, RepairFolder | None]:
@@ -75,6 +108,25 @@ def command(run: Run, *words: str) -> str:
 
 
 def _readable(root: Path) -> tuple[list[Run], list[DamagedFolder]]:
+    runs = [root] if (root / Run.record).exists() else _folders_in(root)
+    repairs = [repair for run in runs for repair in _folders_in(run / "repairs")]
+    maps = [folder / "maps" for folder in (*runs, *repairs)]
+    return _read(root, folder_state(root, *runs, *repairs, *maps))
+
+
+def _folders_in(root: Path) -> list[Path]:
+    try:
+        with os.scandir(root) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _read(
+    root: Path, state: tuple[tuple[str, int, int], ...]
+) -> tuple[list[Run], list[DamagedFolder]]:
+    """Return the runs as they are in this state of their folders."""
     if (root / Run.record).exists():
         try:
             return [open_run(root)], []
@@ -86,24 +138,27 @@ def _readable(root: Path) -> tuple[list[Run], list[DamagedFolder]]:
 def _pick_run(runs: Sequence[Run]) -> Run:
     by_name = {run.name: run for run in runs}
     labels = _distinct({name: [_run_label(run)] for name, run in by_name.items()})
-    name = st.selectbox("Run", list(by_name), format_func=lambda name: labels[name])
+    address.begin("run", "run", runs[0].name, by_name)
+    name = st.selectbox("Run", list(by_name), format_func=lambda name: labels[name], key="run")
+    address.write("run", name)
     return by_name.get(name) or runs[0]
 
 
 def _pick_repair(repairs: Sequence[RepairFolder]) -> RepairFolder | None:
     if not repairs:
         st.caption("No repair in this run yet.")
+        st.session_state.pop("repair", None)
+        address.write("repair", None)
         return None
     by_name = {repair.name: repair for repair in repairs}
     labels = _distinct({name: _repair_labels(repair) for name, repair in by_name.items()})
     # The newest that came to a decision, as in the report.
     first = next((place for place, repair in enumerate(repairs) if repair.decision), 0)
+    address.begin("repair", "repair", repairs[first].name, by_name)
     name = st.selectbox(
-        "Repair",
-        list(by_name),
-        index=first,
-        format_func=lambda name: labels[name],
+        "Repair", list(by_name), format_func=lambda name: labels[name], key="repair"
     )
+    address.write("repair", name)
     return by_name.get(name) or repairs[first]
 
 

@@ -167,6 +167,7 @@ def plan_controls(
     loss: str,
     needs_maps: bool,
     counterfactuals: bool = False,
+    one_mask: bool = False,
     seed: int,
 ) -> tuple[tuple[PlannedControl, ...], dict[str, str]]:
     """Return the controls that a repair can have, and a sentence for each that it cannot.
@@ -183,6 +184,8 @@ def plan_controls(
         loss: The repair's loss.
         needs_maps: Whether that loss needs maps.
         counterfactuals: Whether the repair learns from them.
+        one_mask: Whether one mask holds for all images and the loss adds its charges up, so that
+            shuffled maps would cost the same.
         seed: Draws the random layer, among those that are neither repaired nor next best.
     """
     others = [one for one in layers if one.name != layer.name]
@@ -204,11 +207,16 @@ def plan_controls(
         "all": (ALL_LAYERS, ""),
     }
     planned, left_out = [], {}
+    if one_mask and needs_maps and "shuffled" in names:
+        left_out["shuffled"] = (
+            "The control shuffled was left out: the same region is forbidden in every image, so it "
+            "does not matter whose map is charged."
+        )
     for name in names:
         control = CONTROLS[name]
         idle = (
             (control.plain and control.place == "same" and loss == "ce")
-            or (control.shuffled and not needs_maps)
+            or (control.shuffled and (one_mask or not needs_maps))
             or (control.originals and not counterfactuals)
         )
         if idle:

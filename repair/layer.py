@@ -173,6 +173,9 @@ def repair_layer(
             loss=config.loss,
             needs_maps=config.needs_maps,
             counterfactuals=config.counterfactuals,
+            one_mask=guidance is not None
+            and guidance.source != "masks"
+            and config.loss_function.adds_up,
             seed=config.seed,
         )
         for sentence in left_out.values():

@@ -106,12 +106,15 @@ class Loss:
         description: For help and reports.
         looks_at: Saliency maps, squared gradients at the layer, or nothing.
         needs_masks: Whether it must be told where a map may lie.
+        adds_up: Whether maps are charged for beside the cross entropy and not multiplied with it:
+            with one mask for all images it does not matter, then, whose map is whose.
     """
 
     terms: Terms
     description: str
     looks_at: Evidence | None = None
     needs_masks: bool = False
+    adds_up: bool = False
 
     @property
     def needs_maps(self) -> bool:
@@ -358,12 +361,14 @@ LOSSES: dict[str, Loss] = {
         terms=energy_terms,
         looks_at="maps",
         needs_masks=True,
+        adds_up=True,
         description="cross entropy, and the share of the map outside the mask",
     ),
     "rrr": Loss(
         terms=rrr_terms,
         looks_at="gradients",
         needs_masks=True,
+        adds_up=True,
         description="cross entropy, and the squared gradients outside the mask",
     ),
     "ce": Loss(terms=ce_terms, description="plain cross entropy, the penalty's control"),

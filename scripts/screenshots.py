@@ -24,7 +24,8 @@ from urllib.request import urlopen
 from audit.report import write_report
 from audit.runs import list_runs
 
-PAGES = {"overview": "", "layers": "layers", "images": "images", "accuracy": "accuracy",
+PAGES = {"overview": "", "layers": "layers", "scores": "layers?evidence=every", "cases": "cases",
+         "images": "images", "image": "images?view=one", "groups": "groups", "repair": "repair",
          "export": "export"}  # fmt: skip
 SIZES = {1440: 900, 420: 860}
 SCHEMES = ("light", "dark")

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from skimage.metrics import structural_similarity
 
+from audit.cases import assign_cases, case_table
 from audit.runs import RepairFolder, Run, start_run
 from audit.statistics import (
     accuracy_difference,
     bootstrap_mean,
     classification_metrics,
     mcnemar,
+    wilson,
 )
 
 CLASSES = ("zero", "one", "two", "three", "four", "five")
@@ -79,6 +81,8 @@ def build_run(
     run.write_images(table)
     run.write_layers(_layer_table(generator, verdict))
     run.write_verdict(_verdict(verdict))
+    if verdict != "none":
+        _write_groups(run, np.random.default_rng(2), table)
     shown = list(range(24))
     pictures = [_picture(generator, table["label"][place]) for place in shown]
     entries = [_entry(table, place) for place in shown]
@@ -162,6 +166,10 @@ def _image_table(
     predicted = np.where(wrong, other, label)
     p_true = np.where(wrong, generator.beta(2, 8, images), generator.beta(9, 1.5, images))
     split = np.array(["train", "train", "val", "test", "test"])[(np.arange(images) // 6) % 5]
+    # Maps of two images in three were judged.
+    apart = np.random.default_rng(images)  # the other draws stay as they are
+    judged, lies = apart.random(images) < 0.67, apart.random(images) < 0.55
+    accurate = [bool(on) if known else None for on, known in zip(lies, judged, strict=True)]
     return {
         "path": [f"{classes[k].split()[0]}/{n:04d}.png" for n, k in enumerate(label)],
         "label": label,
@@ -172,6 +180,8 @@ def _image_table(
         "p_true": p_true,
         "p_predicted": np.where(wrong, 1 - p_true, p_true),
         "ce": -np.log(p_true),
+        "case": assign_cases(~wrong, accurate),
+        "map_accurate": accurate,
         "map_mean": generator.beta(3, 5, images),
         "map_peak_x": generator.random(images),
         "map_peak_y": generator.random(images),
@@ -251,7 +261,82 @@ def _repair_table(
         "right_control": label == control,
         "ce_control": -np.log(p_control),
         "ssim": [None] * len(label),
+        **_moved_cases(np.random.default_rng(1), images["case"], right, label == after),
     }
+
+
+def _moved_cases(
+    generator: np.random.Generator, cases: Any, before: np.ndarray, after: np.ndarray
+) -> dict[str, list[int | None]]:
+    """Return the case of each test image before and after, None where its map was not judged."""
+    was = [None if np.isnan(case) else case in (1, 2) for case in cases.astype(float)]
+    drawn = generator.random(len(was)) < 0.8
+    now = [None if one is None else bool(one or hit) for one, hit in zip(was, drawn, strict=True)]
+    return {"case_before": assign_cases(before, was), "case_after": assign_cases(after, now)}
+
+
+def _write_groups(run: Run, generator: np.random.Generator, table: dict[str, Any]) -> None:
+    """Write one error group: what is wrong and called by the first class that is."""
+    wrong = np.flatnonzero(~table["right"])
+    answer = int(table["predicted"][wrong[0]])
+    members = wrong[table["predicted"][wrong] == answer]
+    shown = [int(place) for place in members[:3]]
+    entries = [
+        {
+            "id": f"{number:04d}",
+            "path": table["path"][place],
+            "label_name": table["label_name"][place],
+            "predicted_name": table["predicted_name"][place],
+            "right": False,
+            "split": table["split"][place],
+            "p_predicted": float(table["p_predicted"][place]),
+        }
+        for number, place in enumerate(shown)
+    ]
+    name = table["predicted_name"][members[0]]
+    document = {
+        "groups": [
+            {
+                "id": "group-1",
+                "kind": "confusion",
+                "sentence": f"{len(members)} of {len(wrong)} errors: anything called {name}.",
+                "label": None,
+                "label_name": None,
+                "predicted": answer,
+                "predicted_name": name,
+                "region": None,
+                "box": None,
+                "cells": [],
+                "size": len(members),
+                "of": len(wrong),
+                "share": wilson(len(members), len(wrong)).as_dict(),
+                "expected": len(wrong) / 6,
+                "compared": 0,
+                "compared_share": None,
+                "p_value": 1e-4,
+                "p_adjusted": 0.006,
+                "test": "exact binomial test, one-sided",
+                "paths": [table["path"][place] for place in members],
+                "examples": entries,
+            }
+        ],
+        "layer": LAYERS[-2][1],
+        "method": "hirescam",
+        "images": len(table["path"]),
+        "errors": len(wrong),
+        "errors_looked_at": len(wrong),
+        "right_looked_at": 100,
+        "tests": 57,
+        "correction": "Holm",
+        "alpha": 0.05,
+        "minimum_size": 5,
+    }
+    maps = {
+        "wrong": _maps(generator, 1, 8, corner=True),
+        "right": np.full((1, 8, 8), np.nan),
+        "examples": _maps(generator, len(shown), 8, corner=True),
+    }
+    run.write_groups(document, maps, [_picture(generator, table["label"][p]) for p in shown])
 
 
 def _history(generator: np.random.Generator) -> list[dict[str, Any]]:
@@ -316,6 +401,17 @@ def _scan_record(model: str, classes: tuple[str, ...], table: dict[str, Any]) ->
                 table["label"][mask], table["predicted"][mask], table["ce"][mask], classes, seed=0
             )
             for name, mask in chosen.items()
+        },
+        "cases": {
+            "source": "proxy",
+            "threshold": 0.99,
+            "rule": "Proxy: a map passes for accurate if its region alone is recognized.",
+            "note": "",
+            "layer": LAYERS[-2][1],
+            "method": "gradcam",
+            "images": sum(case is not None for case in table["case"]),
+            "without": sum(case is None for case in table["case"]),
+            "table": case_table(table["case"], table["label_name"]),
         },
         "peak_memory_mib": 412.5,
     }
@@ -402,6 +498,8 @@ def _repair_record(
         },
         "cache": {"kind": "memory", "bytes": 61_341_696, "tensors": 1, "seconds": 1.2},
         "splits": {"train": 144, "val": 72, "test": len(table["label"])},
+        "counterfactuals": {"train": 144, "val": 72} if good else {},
+        "cases": _cases_record(table),
         "before": metrics("before"),
         "after": metrics("after"),
         "difference": difference("before", "after"),
@@ -426,6 +524,22 @@ def _repair_record(
         "penalty": {"earned": good, "sentence": penalty, "sentences": [penalty, SHUFFLED]},
         "timings_s": {"prefix": 1.2, "repair": 11.6, "controls": 11.3},
         "peak_memory_mib": 530.0,
+    }
+
+
+def _cases_record(table: dict[str, Any]) -> dict[str, Any]:
+    pairs = list(zip(table["case_before"], table["case_after"], strict=True))
+    known = [pair for pair in pairs if None not in pair]
+    cells = [[known.count((before, after)) for after in (1, 2, 3, 4)] for before in (1, 2, 3, 4)]
+    return {
+        "layer": LAYERS[-2][1],
+        "method": "gradcam",
+        "source": "proxy",
+        "rule": "Proxy.",
+        "note": "",
+        "images": len(known),
+        "without": len(pairs) - len(known),
+        "table": cells,
     }
 
 

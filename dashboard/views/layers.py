@@ -1,4 +1,4 @@
-"""Which layer is at fault: the evidence over depth, ranked, and one image through every layer."""
+"""Which layer is at fault: every score over depth, ranked, and one image through every layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import streamlit as st
 
 from audit.errors import RunError
 from audit.gallery import layer_strip
+from audit.layers_section import EVIDENCE, Evidence
 from audit.rendering import part
 from audit.runs import Run
 from audit.wording import method_title
+from dashboard import address
 from dashboard.charts import profile_chart
 from dashboard.selection import aliases, problems_shown, selected
 
@@ -18,76 +20,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from streamlit.elements.lib.column_types import ColumnConfig
 
-# Column of layers.parquet: how it is called, what it says, whether it is a share.
-EVIDENCE = {
-    "trial_gain": (
-        "Trial gain",
-        "Share of the held-out cross entropy that a short trial repair of the layer removes; "
-        "below zero it made things worse.",
-        True,
-    ),
-    "blame": (
-        "Share of blame",
-        "How likely the layer is the one at fault, by evidence and trials together.",
-        True,
-    ),
-    "channel_gain": (
-        "Channel trial gain",
-        "Share of the held-out cross entropy that scaling and shifting its channels removes.",
-        True,
-    ),
-    "trial_broken": (
-        "Turned wrong by the trial",
-        "Share of right held-out images that the trial repair turns wrong.",
-        True,
-    ),
-    "gradient_snr": (
-        "Gradient signal-to-noise",
-        "How well the images agree on where the layer's weights should move.",
-        False,
-    ),
-    "relative_gradient_norm": (
-        "Relative gradient norm",
-        "Size of the gradient beside the size of the weights.",
-        False,
-    ),
-    "gradient_norm": ("Gradient norm", "Size of the gradient.", False),
-    "map_auroc": (
-        "Map AUROC",
-        "How well the mean of the layer's map tells right images from wrong ones; 0.5 is chance.",
-        False,
-    ),
-    "penalty": (
-        "Penalty R1 + R2",
-        "Mean of the penalty of the repair's loss over the images.",
-        False,
-    ),
-    "map_mean_right": (
-        "Map mean, right images",
-        "How much of the map is lit on right images.",
-        False,
-    ),
-    "map_mean_wrong": (
-        "Map mean, wrong images",
-        "How much of the map is lit on wrong images.",
-        False,
-    ),
-}
-COLUMNS = {
-    "rank": "Rank",
-    "title": "Layer",
-    "name": "Module path",
-    "shape": "Weight",
-    "parameters": "Parameters",
-    "trial_gain": "Trial gain",
-    "trial_gain_low": "95 % from",
-    "trial_gain_high": "to",
-    "trial_broken": "Turned wrong",
-    "gradient_snr": "Gradient SNR",
-    "relative_gradient_norm": "Relative gradient",
-    "map_auroc": "Map AUROC",
-    "penalty": "Penalty",
-}
+BY_COLUMN = {one.column: one for one in EVIDENCE}
+FIRST = "trial_gain"
+EVERY = "every"
+FURTHER = {"name": "Module path", "shape": "Weight", "parameters": "Parameters"}
 
 
 def main() -> None:
@@ -113,40 +49,81 @@ def _flagged(run: Run) -> list[str]:
         return []
 
 
+def _held(layers: pd.DataFrame) -> list[Evidence]:
+    return [one for one in EVIDENCE if layers[one.column].notna().any()]
+
+
 def _show_profile(layers: pd.DataFrame, flagged: list[str]) -> None:
-    held = [name for name in EVIDENCE if layers[name].notna().any()]
+    held = [one.column for one in _held(layers)]
     if not held:
         st.html(part("banner", "open", "This scan holds no evidence about its layers yet."))
         return
-    chosen = st.selectbox("Evidence", held, format_func=lambda name: EVIDENCE[name][0])
-    title, meaning, as_percent = EVIDENCE[chosen]
-    rows = layers[["index", "name", "title"]].rename(columns={"title": "label"})
-    rows["value"] = layers[chosen]
-    for end in ("low", "high"):
-        column = f"{chosen}_{end}"
-        rows[end] = layers.get(column)
-    rows["flagged"] = layers["name"].isin(flagged)
-    st.caption(meaning)
-    st.altair_chart(profile_chart(rows, title, as_percent=as_percent), width="stretch")
+    default = FIRST if FIRST in held else held[0]
+    address.begin("layers-evidence", "evidence", default, (*held, EVERY))
+    chosen = st.selectbox(
+        "Evidence",
+        [*held, EVERY],
+        format_func=lambda name: "All scores" if name == EVERY else BY_COLUMN[name].heading,
+        key="layers-evidence",
+        width=320,
+    )
+    address.write("evidence", chosen, default)
+    if chosen == EVERY:
+        st.caption("Each score on its own scale, 95 % intervals where they were measured.")
+        for name in held:
+            one = BY_COLUMN[name]
+            chart = profile_chart(
+                _profile_rows(layers, name, flagged),
+                one.heading,
+                as_percent=one.format == "share",
+                small=True,
+                named=name == held[-1],
+            )
+            st.altair_chart(chart, width="stretch")
+    else:
+        one = BY_COLUMN[str(chosen)]
+        st.caption(one.explanation)
+        rows = _profile_rows(layers, one.column, flagged)
+        chart = profile_chart(rows, one.heading, as_percent=one.format == "share")
+        st.altair_chart(chart, width="stretch")
     if flagged:
-        st.html(part("legend", [("bad", "named by the verdict"), ("good", "other layers")]))
+        marks = [("bad", "named by the verdict"), ("good", "other layers")]
+        st.html(part("legend", marks))
+
+
+def _profile_rows(layers: pd.DataFrame, column: str, flagged: list[str]) -> pd.DataFrame:
+    rows = layers[["index", "name", "title"]].rename(columns={"title": "label"})
+    rows["value"] = layers[column]
+    for end in ("low", "high"):
+        rows[end] = layers.get(f"{column}_{end}", float("nan"))
+    rows["flagged"] = layers["name"].isin(flagged)
+    return rows
 
 
 def _show_ranking(layers: pd.DataFrame, flagged: list[str]) -> None:
     st.html(part("section", "Ranked, most likely at fault first"))
-    shares = ["Trial gain", "95 % from", "to", "Turned wrong"]
-    ranked = layers.sort_values("rank")[list(COLUMNS)].rename(columns=COLUMNS)
-    ranked[shares] = 100 * ranked[shares]
+    columns = {"rank": "Rank", "title": "Layer", **FURTHER}
     formats: dict[str, ColumnConfig | str | None] = {
-        name: st.column_config.NumberColumn(format="%.1f %%") for name in shares
+        "Parameters": st.column_config.NumberColumn(format="localized"),
+        "Layer": st.column_config.TextColumn(pinned=True),
+        "Rank": st.column_config.NumberColumn(pinned=True, width="small"),
     }
-    formats |= {
-        name: st.column_config.NumberColumn(format="%.3f")
-        for name in ("Gradient SNR", "Relative gradient", "Map AUROC", "Penalty")
-    }
-    formats["Parameters"] = st.column_config.NumberColumn(format="localized")
-    formats["Layer"] = st.column_config.TextColumn(pinned=True)
-    formats["Rank"] = st.column_config.NumberColumn(pinned=True, width="small")
+    shares = []
+    for one in _held(layers):
+        columns[one.column] = one.heading
+        ends = {f"{one.column}_{end}": f"{one.heading}, {end}" for end in ("low", "high")}
+        columns |= {name: title for name, title in ends.items() if name in layers}
+        for title in [one.heading, *ends.values()]:
+            shown = (
+                "%.1f %%" if one.format == "share" else "%.0f" if one.format == "count" else "%.3g"
+            )
+            formats[title] = st.column_config.NumberColumn(format=shown, help=one.explanation)
+            if one.format == "share":
+                shares.append(title)
+    ranked = layers.sort_values(["rank", "index"], na_position="last")
+    ranked = ranked[list(columns)].rename(columns=columns)
+    shares = [title for title in shares if title in ranked]
+    ranked[shares] = 100 * ranked[shares]
     st.dataframe(ranked, hide_index=True, column_config=formats, height="auto")
 
 
@@ -156,21 +133,32 @@ def _show_strip(run: Run) -> None:
         return
     st.html(part("section", "One image through the layers", "Maps of the true class."))
     entries = gallery["images"]
-    left, right = st.columns([3, 1])
-    place = left.selectbox(
-        "Image", range(len(entries)), format_func=lambda n: _image_label(entries[n])
-    )
-    method = right.selectbox("Method", gallery["methods"], format_func=method_title)
+    with st.container(horizontal=True):
+        place = st.selectbox(
+            "Image",
+            range(len(entries)),
+            format_func=lambda n: _image_label(entries[n]),
+            width=420,
+        )
+        method = st.selectbox("Method", gallery["methods"], format_func=method_title, width=176)
     st.html(part("map_legend"))
     known = aliases(run)
     titles = {name: known.get(name) or name for name in gallery["layers"]}
     flagged = [titles.get(name, name) for name in _flagged(run)]
     st.html(part("strip", layer_strip(run, place or 0, method, titles), flagged))
+    left_out = len(run.layers) - len(titles)
+    if left_out > 0 and len(titles) == 1:
+        st.caption(
+            "This run keeps the maps of one layer only. A scan with `--layers '*'` keeps those of "
+            "every layer that has maps."
+        )
 
 
 def _image_label(entry: dict[str, object]) -> str:
     right = "right" if entry.get("right") else f"taken for {entry.get('predicted_name')}"
-    return f"{entry.get('path')} ({right})"
+    path = str(entry.get("path"))
+    shown = path if len(path) <= 60 else f"\N{HORIZONTAL ELLIPSIS}{path[-58:]}"
+    return f"{shown} ({right})"
 
 
 main()

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from audit.errors import RunError
-from audit.gallery import card, color_scale, layer_strip, outcome, overlay
+from audit.gallery import card, color_scale, heat_picture, layer_strip, outcome, overlay
 from tests.run_builder import FAULTY, build_run
 
 
@@ -73,6 +73,32 @@ def test_cards_hold_the_picture_and_its_maps(tmp_path: Path) -> None:
     encoded = repaired.pictures[2].uri.removeprefix("data:image/jpeg;base64,")
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
         assert picture.size == (96, 96)
+
+
+def test_a_map_is_clear_where_it_is_zero_and_its_values_can_be_read() -> None:
+    heat = np.zeros((24, 36))
+    heat[:12, :9] = 0.5
+    picture = heat_picture("Map", "", heat, cells=12)
+    with Image.open(io.BytesIO(base64.b64decode(picture.heat.partition(",")[2]))) as drawn:
+        pixels = np.asarray(drawn)
+    assert pixels.shape == (64, 64, 4)
+    assert pixels[0, 0, 3] == round(255 * 0.5**0.5) and pixels[-1, -1, 3] == 0
+    # 2 x 3 pixels a cell, by a plain loop
+    means = [
+        [f"{heat[2 * r : 2 * r + 2, 3 * c : 3 * c + 3].mean():.2f}" for c in range(12)]
+        for r in range(12)
+    ]
+    assert [list(row) for row in picture.values] == means
+
+
+def test_values_of_a_map_that_does_not_divide_are_those_of_its_parts() -> None:
+    heat = np.arange(35, dtype=float).reshape(5, 7) / 34
+    values = heat_picture("Map", "", heat, cells=3).values
+    rows, columns = [(0, 1), (1, 3), (3, 5)], [(0, 2), (2, 4), (4, 7)]
+    assert [list(row) for row in values] == [
+        [f"{heat[top:bottom, left:right].mean():.2f}" for left, right in columns]
+        for top, bottom in rows
+    ]
 
 
 def test_a_strip_has_the_layers_that_have_maps_in_order(tmp_path: Path) -> None:

@@ -8,10 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from audit.after_section import CASE_NAMES
+from audit.gallery import card
 from audit.rendering import part
 from audit.report import write_report
 from audit.runs import Run
-from tests.run_builder import HOSTILE_CLASS, HOSTILE_NAME, SHUFFLED, build_all, build_run
+from tests.run_builder import (
+    FAULTY,
+    HOSTILE_CLASS,
+    HOSTILE_NAME,
+    SHUFFLED,
+    build_all,
+    build_run,
+)
 
 STATES = ("healthy", "broken", "rejected", "running", "accepted")
 # What a browser fetches of its own accord.
@@ -105,7 +114,12 @@ def test_every_gallery_image_has_its_maps_before_and_after(
     document = _report(runs["accepted"], tmp_path)
     entries = runs["accepted"].repairs[0].gallery["images"]
     pictures = [attributes["src"] for tag, attributes in document.tags if tag == "img"]
-    assert len(pictures) == len(set(pictures)) == 3 * min(12, len(entries))
+    shown = min(12, len(entries))
+    repaired = runs["accepted"].repairs[0]
+    for place in range(shown):
+        whole, before, after = card(repaired, place, "gradcam", FAULTY).pictures
+        assert pictures.count(whole.uri) == 3  # alone, and beneath the map before and after
+        assert before.heat in pictures and after.heat in pictures and before.heat != after.heat
     for entry in entries[:12]:
         assert entry["path"] in document.text
 
@@ -154,3 +168,35 @@ def test_backticks_become_code_and_nothing_inside_them_becomes_markup() -> None:
     shown = part("headline", "", "Verdict", ["Retrain `<b>conv</b>` & `fc` alone.", "odd ` one"])
     assert "Retrain <code>&lt;b&gt;conv&lt;/b&gt;</code> &amp; <code>fc</code> alone." in shown
     assert "odd ` one" in shown
+
+
+def test_cases_before_and_after_stand_in_the_report(runs: dict[str, Run], tmp_path: Path) -> None:
+    repair = runs["accepted"].repairs[0]
+    text = " ".join(_report(runs["accepted"], tmp_path).text.split())
+    images = repair.images
+    for before in (1, 2, 3, 4):
+        row = [
+            int(((images["case_before"] == before) & (images["case_after"] == after)).sum())
+            for after in (1, 2, 3, 4)
+        ]
+        known = images["case_before"].notna().sum()
+        cells = " ".join(f"{n} {100 * n / known:.1f}\N{NO-BREAK SPACE}%" for n in row)
+        assert f"{CASE_NAMES[before - 1]} {cells}".replace("\N{NO-BREAK SPACE}", " ") in text
+
+
+def test_every_repair_is_told_in_full_with_its_tests(runs: dict[str, Run], tmp_path: Path) -> None:
+    text = " ".join(_report(runs["accepted"], tmp_path).text.split())
+    assert text.index("Repair of block4_conv3") < text.index("Another repair, of block4_conv3")
+    for repair in runs["accepted"].repairs:
+        test = repair.info["controls"][0]["versus_repair"]
+        gain = test["accuracy"]["value"]
+        row = f"Repair against control ce {100 * gain:+.1f} points".replace("-", "\N{MINUS SIGN}")
+        assert row in text
+        assert f"{test['mcnemar']['fixed']} {test['mcnemar']['broken']} p " in text
+    assert "counterfactual images, 144 of train and 72 of val" in text
+
+
+def test_what_is_open_is_said_at_the_top(runs: dict[str, Run], tmp_path: Path) -> None:
+    text = _report(runs["rejected"], tmp_path).text
+    assert "Still to decide" in text
+    assert text.index("the network as it was stays in use") < text.index("Layers, from input")

@@ -364,6 +364,8 @@ def test_the_random_layer_is_drawn_by_the_seed_among_the_rest(network: Network) 
 def test_controls_that_would_change_nothing_are_passed_over(network: Network) -> None:
     where, left_out = plan(network, ("ce", "shuffled", "originals"), loss="ce", needs_maps=False)
     assert where == left_out == {}
+    where, left_out = plan(network, ("ce", "shuffled"), loss="energy", one_mask=True)
+    assert list(where) == ["ce"] and "same region is forbidden" in left_out["shuffled"]
     _, left_out = plan(network, ("last-layer",), layer="predictions", loss="ce", needs_maps=False)
     assert left_out == {
         "last-layer": "The control last-layer was left out: it is the repaired one."

@@ -29,6 +29,23 @@ from repair.losses import (
 )
 
 BATCH, CLASSES, SIDE = 6, 5, 4
+
+
+def test_whose_map_is_whose_does_not_matter_where_charges_add_up_under_one_mask() -> None:
+    """Summed over a batch: what `adds_up` says, and why a control with shuffled maps is idle."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    maps = torch.rand(6, 4, 5, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    masks = (torch.rand(4, 5, generator=generator) > 0.5).double().expand(6, -1, -1)
+    for name in WITH_MASKS:
+        one, other = (
+            float(LOSSES[name].terms(logits, given, labels, Penalty(), masks).loss.sum())
+            for given in (maps, maps.roll(1, dims=0))
+        )
+        assert (abs(one - other) < 1e-9) is LOSSES[name].adds_up
+
+
 WITH_MASKS = [name for name, loss in LOSSES.items() if loss.needs_masks]
 
 
