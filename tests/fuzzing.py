@@ -564,7 +564,7 @@ def _mask_reader(
 
 # ------------------------------------------------------------------------- run folders
 
-DASHBOARD_PAGES = ("overview", "layers", "images", "accuracy", "export")
+DASHBOARD_PAGES = ("overview", "layers", "cases", "images", "groups", "repair", "export")
 RUN_KINDS = (
     *("report", "gate", "repair gate", "repair", "export"),
     *(f"dashboard {page}" for page in DASHBOARD_PAGES),

@@ -61,6 +61,8 @@ def test_a_dashboard_that_imports_torch_breaks_a_contract(tmp_path: Path) -> Non
     for module in ("console", "errors", "files", "report", "statistics"):
         write_module(tmp_path / "audit" / f"{module}.py", "")
     write_module(tmp_path / "audit" / "runs.py", "def read():\n    import torch\n")
+    write_module(tmp_path / "audit" / "saliency.py", "")
+    write_module(tmp_path / "repair" / "losses.py", "import audit.saliency\n")
     write_module(tmp_path / "repair" / "cli.py", "import dashboard.app\n")
     write_module(tmp_path / "dashboard" / "app.py", "import audit.runs\n")
     finished = lint_imports(tmp_path)

@@ -31,9 +31,13 @@ GROUPS = [
 
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished scan of 360 images with a rejected and an accepted repair, without cases."""
+    """A finished scan of 360 images with rejected and accepted repairs, no cases and no groups."""
     root = tmp_path_factory.mktemp("runs")
-    return build_run(root, repairs=("rejected", "accepted", "rejected"))
+    run = build_run(root, repairs=("rejected", "accepted", "rejected"))
+    run.write_images({**run.images.to_dict("list"), "case": [None] * 360})
+    run.write_info(cases=None)
+    (run.path / "groups.json").unlink()
+    return open_run(run.path)
 
 
 @pytest.fixture(scope="module")
