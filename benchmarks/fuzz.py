@@ -16,6 +16,7 @@ import argparse
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -210,9 +211,15 @@ def _work(
         _limit_memory()
         watch_for_code()
         for case in cases:
-            pipe.send(run(case))
+            outcome = run(case)
+            pipe.send(replace(outcome, detail=_without_folders(outcome.detail)))
     except Exception as error:  # this script's own; what a case raises is its outcome
         pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _without_folders(text: str) -> str:
+    """Return the text without the folders that a case was made in, which only this call had."""
+    return re.sub(r"[^\s:'(]*/fuzz-[^/\s]+/tmp[^/\s]+/", "", text)
 
 
 def _runner(family: str, folder: Path) -> Callable[[Case], Outcome]:
@@ -338,7 +345,7 @@ def _by_command(family: str, kind: str, seed: int, canary: Path) -> Outcome:
         seed=seed,
         ending=ending,
         seconds=time.monotonic() - started_s,
-        detail=last[:400],
+        detail=_without_folders(last)[:400],
     )
 
 
