@@ -18,11 +18,24 @@ from audit.console import run_app
 from audit.errors import LayermendError, RunError
 from dashboard.study import STUDY_ONLY_VARIABLE, VOTES_VARIABLE
 
-__all__ = ["READ_ONLY_VARIABLE", "RUNS_VARIABLE", "app", "main", "streamlit_arguments"]
+__all__ = [
+    "READ_ONLY_VARIABLE",
+    "RUNS_VARIABLE",
+    "app",
+    "main",
+    "read_only",
+    "streamlit_arguments",
+]
 
 RUNS_VARIABLE = "LAYERMEND_RUNS"
 READ_ONLY_VARIABLE = "LAYERMEND_READ_ONLY"
 APP = Path(__file__).with_name("app.py")
+
+
+def read_only() -> bool:
+    """Return whether the server was started to show things and change none."""
+    return bool(os.environ.get(READ_ONLY_VARIABLE))
+
 
 # Both color schemes are given, so that the page follows the reader's system.
 THEME = {

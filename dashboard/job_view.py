@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import streamlit as st
@@ -10,7 +9,7 @@ import streamlit as st
 from audit.errors import UsageError
 from audit.rendering import part
 from audit.runs import Run
-from dashboard.cli import READ_ONLY_VARIABLE
+from dashboard.cli import read_only
 from dashboard.jobs import Job, Kind, cancel, forget, job_of, start_job
 from dashboard.selection import listed_runs
 
@@ -23,7 +22,7 @@ TITLES: dict[Kind, str] = {"repair": "Repair", "export": "Export"}
 def may_start(run: Run) -> bool:
     """Return whether a command may be started on a run: the server allows it and none runs."""
     job = job_of(run.path)
-    return not os.environ.get(READ_ONLY_VARIABLE) and (job is None or job.state != "running")
+    return not read_only() and (job is None or job.state != "running")
 
 
 def start(kind: Kind, run: Run, arguments: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from audit.errors import RunError
 from audit.rendering import part
 from audit.runs import Run, open_repair
 from audit.wording import count, moment, percent
+from dashboard.cli import read_only
 from dashboard.selection import problems_shown, selected
 from dashboard.study.material import write_cases_by_votes
 from dashboard.study.results import (
@@ -201,7 +202,7 @@ def _offer_cases(run: Run, study: Study, votes: list[Vote], without: set[int]) -
             "was measured stays beside it; images nobody voted on have no case then.",
         )
     )
-    if st.button("Decide the cases by these votes"):
+    if st.button("Decide the cases by these votes", disabled=read_only()):
         try:
             repair = open_repair(run.path / "repairs" / Path(study.repair).name)
             written = write_cases_by_votes(repair, study, votes, without)

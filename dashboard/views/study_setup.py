@@ -12,6 +12,7 @@ import streamlit as st
 from audit.rendering import part
 from audit.runs import RepairFolder, Run
 from audit.wording import count, moment
+from dashboard.cli import read_only
 from dashboard.rater_links import rater_link, this_address
 from dashboard.selection import problems_shown, selected
 from dashboard.study.design import TASKS, StudyDesign, Task
@@ -71,7 +72,7 @@ def _offer_study(run: Run, repair: RepairFolder) -> None:
             st.caption(
                 "Sides are mirrored between two raters: an even number of them balances fully."
             )
-        if st.button("Set up the study", type="primary"):
+        if st.button("Set up the study", type="primary", disabled=read_only()):
             seed = secrets.randbelow(2**31)
             design = StudyDesign(
                 seed=seed,
@@ -128,9 +129,10 @@ def _show_study(store: VoteStore, study: Study) -> None:
             width=FIELD_WIDTH,
             key=f"lost-{study.id}",
         )
-        if st.button("New link", disabled=lost is None, key=f"new-{study.id}") and lost is not None:
+        idle = lost is None or read_only()
+        if st.button("New link", disabled=idle, key=f"new-{study.id}") and lost is not None:
             _keep_links(study, [(lost, store.new_token(study.id, lost))])
-        if st.button("Two more raters", key=f"more-{study.id}"):
+        if st.button("Two more raters", disabled=read_only(), key=f"more-{study.id}"):
             _keep_links(study, store.add_raters(study.id, 2))
 
 

@@ -228,6 +228,16 @@ def test_a_study_is_set_up_and_its_links_work(run: Run) -> None:
     assert app.code[0].value.startswith("Rater 5:") and len(store.raters(study.id)) == 6
 
 
+def test_a_server_that_is_read_only_changes_no_study(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _study(run, images=4, checks=3)
+    monkeypatch.setenv("LAYERMEND_READ_ONLY", "1")
+    buttons = {button.label: button.disabled for button in _visit("study_setup").button}
+    for label in ("Set up the study", "New link", "Two more raters"):
+        assert buttons[label], label
+
+
 def test_results_are_those_of_the_votes(run: Run) -> None:
     store, study, _ = _study(run, images=4, checks=3)
     assert "No votes on the maps yet" in _seen(_visit("study_results")).text
