@@ -76,7 +76,7 @@ class BatchLimit:
         """Return what work returned, or None with the limit halved."""
         try:
             return (work(argument),)
-        except Exception as error:
+        except Exception as error:  # the allocators of torch, CUDA and Python raise three kinds
             if not is_out_of_memory(error):
                 raise
             if size == 1:

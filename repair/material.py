@@ -92,12 +92,12 @@ def find_counterfactuals(
     masks: Path | None = None,
     group: str | None = None,
 ) -> dict[str, Counterfactuals]:
-    """Return how the copies of the training and validation images are made, by split.
+    """Return how the training and validation images are made counterfactual, by split.
 
     Nothing where the settings ask for none.
 
     Raises:
-        LayermendError: They do, and nothing says which pixels a copy keeps.
+        LayermendError: They do, and nothing says which pixels an image keeps.
     """
     made: dict[str, Counterfactuals] = {}
     if not config.counterfactuals:
