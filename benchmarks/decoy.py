@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from audit.networks.program import Program, Split
 from repair.cache import CacheKind, CrossingBatch
 from repair.config import RepairConfig
+from repair.image_masks import ImageMasks
 from repair.training import train_layer
 
 SEEDS, CHOOSING_SEED = (0, 1, 2, 3, 4), 5
@@ -238,7 +239,8 @@ def correct_layer(
     else:
         config = replace(config, loss=loss)
     material = images.at(split)
-    trained = train_layer(split, material, material, config, loss=config.loss, masks=images.allowed)
+    masks = ImageMasks.of_all(images.allowed)
+    trained = train_layer(split, material, material, config, loss=config.loss, masks=masks)
     repaired = program.with_state(trained.parameters)
     with torch.no_grad():
         logits = [repaired.logits(part) for part in judge.images.split(500)]

@@ -48,6 +48,7 @@ from audit.chance import holm
 from audit.networks.program import Program, Split
 from repair.cache import CacheKind, CrossingBatch
 from repair.config import RepairConfig
+from repair.image_masks import ImageMasks
 from repair.training import train_layer
 
 SEEDS = (0, 1, 2)
@@ -204,7 +205,7 @@ def repair_all(
             crossed[place]["validation_changed" if method.changed else "validation"],
             config,
             loss=config.loss,
-            masks=given.allowed,
+            masks=ImageMasks.of_all(given.allowed),
             shuffled=method.shuffled,
             surgical=method.surgical,
         )

@@ -41,6 +41,7 @@ from audit.networks.program import Program
 from audit.regions import REGIONS
 from repair.counterfactuals import draw_donors, without_object
 from repair.guidance import outside_cells
+from repair.image_masks import ImageMasks
 
 Regime = Literal["balanced", "biased"]
 REGIMES: tuple[Regime, ...] = ("balanced", "biased")
@@ -172,8 +173,9 @@ def lessons(case: Case, regime: Regime, seed: int, work: Path) -> Lessons:
 def _lessons(whole: Pool, allowed: Tensor, train: int, seed: int, *, hide_objects: bool) -> Lessons:
     """Return the first photos to learn from and the others to validate, with counterfactuals."""
     changed = whole.images.clone()
+    masks = ImageMasks.of_all(allowed)
     for number, part in enumerate((range(train), range(train, len(changed)))):
-        donors = draw_donors(list(part), allowed, seed=2 * seed + number)
+        donors = draw_donors(list(part), masks, seed=2 * seed + number)
         for position, donor in donors.items():
             foreign = whole.images[donor]
             if hide_objects:

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from audit.images import ImageFolder, load_pixels
 from audit.images.loading import ImageBatch
+from repair.image_masks import ImageMasks
 
 if TYPE_CHECKING:
     from audit.networks import Preprocessing
@@ -33,8 +35,7 @@ class Counterfactuals:
     Attributes:
         folder: The images.
         preprocessing: Of the images.
-        allowed: Which pixels an image keeps, (N, H, W) in [0, 1] by its position in the folder's
-            records, at the size of the network's input.
+        allowed: Which pixels an image keeps, at the size of the network's input.
         donors: For each image that is changed, the position of the one that lends the other pixels.
         hide_objects: Whether what `allowed` keeps of a donor is its object, which must not show:
             the mean color of the donor's other pixels takes its place.
@@ -42,7 +43,7 @@ class Counterfactuals:
 
     folder: ImageFolder
     preprocessing: Preprocessing
-    allowed: Tensor
+    allowed: ImageMasks
     donors: dict[int, int]
     hide_objects: bool
 
@@ -52,8 +53,12 @@ class Counterfactuals:
         pairs = sorted(self.donors.items())
         lenders = [self.folder.records[donor].sha256 for _, donor in pairs]
         digest = hashlib.sha256(repr((pairs, lenders, self.hide_objects)).encode())
-        for position in sorted({*self.donors, *self.donors.values()}):
-            digest.update(self.allowed[position].numpy().tobytes())
+        involved = sorted({*self.donors, *self.donors.values()})
+        rows = self.allowed.row_of[torch.tensor(involved, dtype=torch.int64)].numpy()
+        digest.update(rows.tobytes())
+        for row in np.unique(rows):
+            if row >= 0:
+                digest.update(self.allowed.distinct[row].numpy().tobytes())
         return digest.hexdigest()
 
     def __call__(self, batch: ImageBatch) -> ImageBatch:
@@ -67,14 +72,14 @@ class Counterfactuals:
             if donor in row_of:
                 foreign = lent.pixels[row_of[donor]].float()
                 if self.hide_objects:
-                    foreign = without_object(foreign, self.allowed[donor])
-                kept = self.allowed[position]
+                    foreign = without_object(foreign, self.allowed.one(donor))
+                kept = self.allowed.one(position)
                 pixels[row] = (kept * pixels[row] + (1 - kept) * foreign).round().to(pixels.dtype)
         return ImageBatch(pixels=pixels, indices=batch.indices)
 
 
 def draw_donors(
-    positions: Sequence[int], allowed: Tensor, *, seed: int, masked_alone: bool = False
+    positions: Sequence[int], allowed: ImageMasks, *, seed: int, masked_alone: bool = False
 ) -> dict[int, int]:
     """Return for each image that can be changed another one, drawn at random.
 
@@ -82,11 +87,11 @@ def draw_donors(
 
     Args:
         positions: Of the images of one split, in the folder's records.
-        allowed: Which pixels an image keeps, (N, H, W) by position; NaN throughout without a mask.
+        allowed: Which pixels an image keeps.
         seed: Of the draw; it comes out alike in every process.
         masked_alone: Whether only images with a mask lend pixels: their objects can be hidden.
     """
-    has_mask = ~allowed.isnan().flatten(1).any(dim=1)
+    has_mask = allowed.known.tolist()
     lenders = [one for one in positions if has_mask[one] or not masked_alone]
     place = {position: at for at, position in enumerate(lenders)}
     generator = np.random.default_rng([seed, len(positions)])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repair.config import RepairConfig
-from repair.guidance import names_region, scanned_with_masks, share_right
+from repair.guidance import guidance_source, share_right
 
 if TYPE_CHECKING:
     from audit.networks import Layer
@@ -48,12 +48,12 @@ def settle(
     """
     if "loss" not in choose:
         return config, None
-    guided = names_region(run, masks=masks, group=group)
+    source = guidance_source(run, masks=masks, group=group)
+    guided = source is not None
     loss = (GUIDED_LOSS if guided else UNGUIDED_LOSS) if layer.has_maps else "ce"
     config = replace(config, loss=loss)
-    if "counterfactuals" in choose and guided:
-        by_masks = masks is not None or (group is None and scanned_with_masks(run))
-        agreeing = None if by_masks else share_right(run, group)
+    if "counterfactuals" in choose and source is not None:
+        agreeing = None if isinstance(source, Path) else share_right(run, source)
         enough = agreeing is not None and 1 - agreeing >= ENOUGH_COUNTEREXAMPLES
         config = replace(config, counterfactuals=not enough)
     images = " on counterfactual images" if config.counterfactuals else ""

@@ -21,6 +21,7 @@ from audit.images import ImageFolder
 from audit.images.decoding import UnreadableImageError
 from audit.images.masks import object_mask, open_masks
 from audit.runs import Run
+from repair.image_masks import ImageMasks
 
 if TYPE_CHECKING:
     from audit.networks import Preprocessing
@@ -33,14 +34,13 @@ class Guidance:
     """Where maps may lie, and who said so.
 
     Attributes:
-        masks: (N, h, w) in [0, 1], by the image's position in the folder's records; NaN throughout
-            for images without a mask.
+        masks: Of the training images, at the size of the maps.
         source: `masks` or the identity of an error group.
         sentence: In plain words, for the record.
         images: How many training images have one.
     """
 
-    masks: Tensor
+    masks: ImageMasks
     source: str
     sentence: str
     images: int
@@ -80,55 +80,52 @@ def find_guidance(
         RunError: Nothing is named and the scan has neither.
         ImageError: The masks cannot be used.
     """
-    if masks is not None and group is not None:
-        raise UsageError("--masks and --group exclude each other; give one of them")
-    if group is not None:
-        return _away_from(_group(run, group), folder, positions, size)
-    recorded = scanned_with_masks(run)
-    path = masks or (Path(recorded) if recorded else None)
-    if path is not None:
-        return _on_objects(path, folder, positions, preprocessing, size, on_image)
-    found = _first_with_region(run)
-    if found is None:
+    source = guidance_source(run, masks=masks, group=group)
+    if source is None:
         raise RunError(
             "this loss must know where a map may lie, and the scan has neither masks nor an error "
             "group with a region; give masks of the objects with --masks DIR"
         )
-    return _away_from(found, folder, positions, size)
+    if isinstance(source, Path):
+        return _on_objects(source, folder, positions, preprocessing, size, on_image)
+    return _away_from(source, folder, positions, size)
 
 
-def names_region(run: Run, *, masks: Path | None = None, group: str | None = None) -> bool:
-    """Return whether `find_guidance` has something to go by: masks, or a group with a region."""
-    if masks is not None or group is not None or scanned_with_masks(run):
-        return True
-    return _first_with_region(run) is not None
+def guidance_source(
+    run: Run, *, masks: Path | None = None, group: str | None = None
+) -> Path | Mapping[str, Any] | None:
+    """Return where the masks lie, or the error group, that `find_guidance` goes by; None without.
+
+    Raises:
+        UsageError: Both are named, or there is no such group.
+    """
+    if masks is not None and group is not None:
+        raise UsageError("--masks and --group exclude each other; give one of them")
+    if group is not None:
+        return _group(run, group)
+    if masks is not None:
+        return masks
+    scanned_with = ((run.info.get("cases") or {}).get("masks") or {}).get("path")
+    if scanned_with:
+        return Path(scanned_with)
+    return next((dict(one) for one in run.groups["groups"] if one.get("cells")), None)
 
 
-def scanned_with_masks(run: Run) -> str | None:
-    """Return where the masks lie that the scan was given, None if there were none."""
-    return ((run.info.get("cases") or {}).get("masks") or {}).get("path")
-
-
-def share_right(run: Run, group: str | None = None) -> float | None:
+def share_right(run: Run, group: Mapping[str, Any]) -> float | None:
     """Return how often what an error group says is right where it looks at its region.
 
     Of the images outside the test split that have the group's predicted class, and whose map lies
     on its region, the share that is right. Maps were looked at in samples of wrong and of right
-    images; both counts are scaled up. None without a group that has a region.
-
-    Args:
-        run: The scan.
-        group: Identity of the group; the first one that has a region when None.
+    images; both counts are scaled up. None where the group was not compared with right images.
     """
-    found = _group(run, group) if group is not None else _first_with_region(run)
-    if found is None or found.get("compared_share") is None:
+    if group.get("compared_share") is None:
         return None
     images = run.images
     seen = images[images["split"] != "test"]
-    if found["predicted"] is not None:
-        seen = seen[seen["predicted"] == found["predicted"]]
-    right = int(seen["right"].sum()) * found["compared_share"]
-    wrong = found["size"] * run.groups["errors"] / max(1, run.groups["errors_looked_at"])
+    if group["predicted"] is not None:
+        seen = seen[seen["predicted"] == group["predicted"]]
+    right = int(seen["right"].sum()) * group["compared_share"]
+    wrong = group["size"] * run.groups["errors"] / max(1, run.groups["errors_looked_at"])
     return float(right / (right + wrong)) if right + wrong else None
 
 
@@ -140,13 +137,15 @@ def object_masks_at(
     size: tuple[int, int],
     *,
     on_image: Callable[[], None] | None = None,
-) -> Tensor:
-    """Return how much of each place of a map the object covers, (N, h, w), by position.
+) -> ImageMasks:
+    """Return how much of each place of a map the object covers, in (h, w) places.
 
-    NaN throughout for images that are not asked for, have no mask, or one that cannot be used.
+    Images that are not asked for, have no mask, or one that cannot be used, have none.
     """
     found = open_masks(path, folder)
-    covered = torch.full((len(folder.records), *size), torch.nan)
+    whole = size == tuple(preprocessing.input_size)
+    covered = torch.empty((len(positions), *size), dtype=torch.bool if whole else torch.float32)
+    usable: list[int] = []
     for position in positions:
         photo = folder.records[position].path
         if photo in found:
@@ -155,10 +154,11 @@ def object_masks_at(
             except UnreadableImageError:
                 continue
             if mask.any():
-                covered[position] = _by_area(mask, size)
+                covered[len(usable)] = _by_area(mask, size)
+                usable.append(position)
         if on_image is not None:
             on_image()
-    return covered
+    return ImageMasks.each(covered[: len(usable)], usable, len(folder.records))
 
 
 def outside_cells(cells: Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
@@ -188,7 +188,7 @@ def _on_objects(
     on_image: Callable[[], None] | None,
 ) -> Guidance:
     masks = object_masks_at(folder, positions, path, preprocessing, size, on_image=on_image)
-    known = int((~masks[list(positions)].isnan().flatten(1).any(dim=1)).sum())
+    known = int(masks.known.sum())
     if not known:
         raise RunError(
             f"none of the {len(positions)} training images has a usable mask in {path}; "
@@ -212,19 +212,13 @@ def _away_from(
             "looked; choose another group, or give masks with --masks DIR"
         )
     allowed = outside_cells(group["cells"], size)
-    masks = torch.full((len(folder.records), *size), torch.nan)
-    masks[list(positions)] = allowed
     return Guidance(
-        masks=masks,
+        masks=ImageMasks.shared(allowed, positions, len(folder.records)),
         source=str(group["id"]),
         sentence=f"Maps may lie anywhere but at {group['region']}, where the network looked in "
         f"the images of {group['id']}.",
         images=len(positions),
     )
-
-
-def _first_with_region(run: Run) -> Mapping[str, Any] | None:
-    return next((dict(one) for one in run.groups["groups"] if one.get("cells")), None)
 
 
 def _group(run: Run, identity: str) -> Mapping[str, Any]:

@@ -35,6 +35,7 @@ from repair.cache import CrossingBatch, CrossingTensors
 from repair.config import Optimizer, RepairConfig, Schedule
 from repair.controls import map_rotation
 from repair.decision import Predictions
+from repair.image_masks import ImageMasks
 from repair.losses import LOSSES, LossTerms, cross_entropy
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def train_layer(
     also: Mapping[str, Tensor] | None = None,
     role: str | None = None,
     shuffled: bool = False,
-    masks: Tensor | None = None,
+    masks: ImageMasks | None = None,
     class_weights: Tensor | None = None,
     surgical: bool = False,
     team: Team = ALONE,
@@ -143,9 +144,7 @@ def train_layer(
         also: Further state entries after the cut that learn too, with their first values.
         role: What the history calls it; `repair` or the name of the loss when None.
         shuffled: Charge each image for the map of another one of its batch.
-        masks: Where the map of each image may lie, (N, h, w) in [0, 1] by the image's position in
-            the folder's records; NaN throughout for images without one. Brought to the size of
-            the maps by area.
+        masks: Where the map of each image may lie; brought to the size of the maps by area.
         class_weights: Weight of each class's images in the loss, (K,).
         surgical: Scale each entry's steps by its relative gradient norm, found anew in every epoch
             (Auto-RGN; Lee et al. 2022, "Surgical fine-tuning", section 4).
@@ -246,13 +245,13 @@ def loss_terms(
     loss: str,
     *,
     rotation: int = 0,
-    masks: Tensor | None = None,
+    masks: ImageMasks | None = None,
 ) -> LossTerms:
     """Return the loss of each image of a batch, differentiable in the parameters.
 
     Args:
         rotation: Image i is charged for the map of image i - rotation.
-        masks: By the image's position in the folder's records, as for `train_layer`.
+        masks: As for `train_layer`.
     """
     chosen = LOSSES[loss]
     crossing, labels = batch.crossing, batch.labels
@@ -277,7 +276,7 @@ def loss_terms(
     wanted = None
     if masks is not None and chosen.needs_masks:
         # NaN marks a whole image, so that the mean over an area keeps it.
-        own = masks[batch.positions].to(maps.device, maps.dtype).unsqueeze(1)
+        own = masks.at(batch.positions).to(maps.device, maps.dtype).unsqueeze(1)
         wanted = F.interpolate(own, size=maps.shape[1:], mode="area").squeeze(1)
     return chosen.terms(_exact(logits), maps, labels, config.penalty, wanted)
 
@@ -296,7 +295,7 @@ class _Lesson:
     config: RepairConfig
     loss: str
     shuffled: bool
-    masks: Tensor | None
+    masks: ImageMasks | None
     class_weights: Tensor | None
     surgical: bool
     team: Team

@@ -21,6 +21,7 @@ from repair.config import RepairConfig
 from repair.counterfactuals import Counterfactuals, draw_donors, without_object
 from repair.defaults import settle
 from repair.guidance import outside_cells, share_right
+from repair.image_masks import ImageMasks
 from repair.layer import RepairRequest, repair_layer
 from repair.sources import open_scanned_network
 
@@ -33,9 +34,10 @@ AUTO = frozenset({"loss", "counterfactuals"})
 
 
 @pytest.fixture
-def corner(folder: ImageFolder) -> torch.Tensor:
+def corner(folder: ImageFolder) -> ImageMasks:
     """All pixels but the upper left quarter's, for every image."""
-    return outside_cells(CELLS, (SIDE, SIDE)).expand(len(folder.records), -1, -1)
+    images = len(folder.records)
+    return ImageMasks.shared(outside_cells(CELLS, (SIDE, SIDE)), range(images), images)
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def grouped(make_run: MakeRun) -> Run:
 
 
 def made(
-    network: Network, folder: ImageFolder, allowed: torch.Tensor, **more: Any
+    network: Network, folder: ImageFolder, allowed: ImageMasks, **more: Any
 ) -> Counterfactuals:
     donors = draw_donors(folder.positions("train"), allowed, seed=3)
     given = {"donors": donors, "hide_objects": False, **more}
@@ -56,8 +58,14 @@ def made(
     )
 
 
+def without(masks: ImageMasks, positions: list[int]) -> ImageMasks:
+    rows = masks.row_of.clone()
+    rows[positions] = -1
+    return replace(masks, row_of=rows)
+
+
 def test_an_image_keeps_its_allowed_pixels_and_takes_the_others_from_its_donor(
-    network: Network, folder: ImageFolder, corner: torch.Tensor
+    network: Network, folder: ImageFolder, corner: ImageMasks
 ) -> None:
     counterfactuals = made(network, folder, corner)
     chosen = list(folder.positions("train"))[:5]
@@ -75,11 +83,10 @@ def test_an_image_keeps_its_allowed_pixels_and_takes_the_others_from_its_donor(
 
 
 def test_images_without_a_mask_or_a_readable_donor_stay_as_they_are(
-    network: Network, folder: ImageFolder, corner: torch.Tensor
+    network: Network, folder: ImageFolder, corner: ImageMasks
 ) -> None:
     train = list(folder.positions("train"))
-    allowed = corner.clone()
-    allowed[train[0]] = torch.nan
+    allowed = without(corner, train[:1])
     donors = draw_donors(train, allowed, seed=0)
     assert train[0] not in donors and set(donors) == set(train[1:])
     gone = replace(folder.records[donors[train[1]]], path="gone.png")
@@ -92,7 +99,7 @@ def test_images_without_a_mask_or_a_readable_donor_stay_as_they_are(
 
 
 def test_donors_are_other_images_drawn_evenly_and_alike_in_every_process(
-    folder: ImageFolder, corner: torch.Tensor
+    folder: ImageFolder, corner: ImageMasks
 ) -> None:
     train = folder.positions("train")
     donors = draw_donors(train, corner, seed=5)
@@ -108,11 +115,10 @@ def test_donors_are_other_images_drawn_evenly_and_alike_in_every_process(
 
 
 def test_only_masked_images_lend_where_objects_are_hidden(
-    folder: ImageFolder, corner: torch.Tensor
+    folder: ImageFolder, corner: ImageMasks
 ) -> None:
     train = list(folder.positions("train"))
-    allowed = corner.clone()
-    allowed[train[::2]] = torch.nan
+    allowed = without(corner, train[::2])
     donors = draw_donors(train, allowed, seed=0, masked_alone=True)
     assert set(donors) == set(train[1::2]) and set(donors.values()) <= set(train[1::2])
     assert draw_donors(train[:2], allowed, seed=0, masked_alone=True) == {}
@@ -131,8 +137,9 @@ def test_a_hidden_object_is_painted_in_the_mean_color_of_the_rest() -> None:
 
 def test_an_object_of_the_donor_does_not_show(network: Network, folder: ImageFolder) -> None:
     train = list(folder.positions("train"))
-    allowed = torch.zeros(len(folder.records), SIDE, SIDE)
-    allowed[train[0], :8], allowed[train[1], 12:] = 1, 1  # objects above and below
+    objects = torch.zeros(2, SIDE, SIDE, dtype=torch.bool)
+    objects[0, :8], objects[1, 12:] = True, True  # above and below
+    allowed = ImageMasks.each(objects, train[:2], len(folder.records))
     donors = {train[0]: train[1]}
     counterfactuals = made(network, folder, allowed, donors=donors, hide_objects=True)
     batch = load_pixels(folder, train[:2], network.card.preprocessing)
@@ -145,7 +152,7 @@ def test_an_object_of_the_donor_does_not_show(network: Network, folder: ImageFol
 
 
 def test_every_kind_of_cache_holds_the_same_bits(
-    network: Network, folder: ImageFolder, corner: torch.Tensor, tmp_path: Path
+    network: Network, folder: ImageFolder, corner: ImageMasks, tmp_path: Path
 ) -> None:
     counterfactuals = made(network, folder, corner)
     train = folder.positions("train")
@@ -208,7 +215,7 @@ def test_images_with_enough_counterexamples_are_learned_from_as_they_are(
     grouped.write_groups(document, {}, [])
     looking = {True: right * compared_share, False: 2 * wrong}  # half of the errors were looked at
     agreeing = looking[True] / (looking[True] + looking[False])
-    assert share_right(grouped) == pytest.approx(agreeing)
+    assert share_right(grouped, group) == pytest.approx(agreeing)
     assert (agreeing > 0.75) is expected
     network_layer = open_scanned_network(grouped).layer(DAMAGED)
     settled, sentence = settle(grouped, network_layer, CONFIG, AUTO)
@@ -241,7 +248,7 @@ def test_what_the_user_states_is_kept(grouped: Run) -> None:
 
 
 def test_a_batch_of_none_is_a_batch_of_none(
-    network: Network, folder: ImageFolder, corner: torch.Tensor
+    network: Network, folder: ImageFolder, corner: ImageMasks
 ) -> None:
     empty = ImageBatch(
         pixels=torch.empty((0, 3, SIDE, SIDE), dtype=torch.uint8),

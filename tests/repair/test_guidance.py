@@ -75,12 +75,13 @@ def test_masks_are_read_at_the_size_of_the_maps(
 ) -> None:
     wanted = folder.positions("train")
     found = object_masks_at(folder, wanted, masks, network.card.preprocessing, (6, 6))
-    assert found.shape == (len(folder.records), 6, 6)
+    every = found.at(torch.arange(len(folder.records)))
+    assert every.shape == (len(folder.records), 6, 6)
     for position in range(len(folder.records)):
         if position in wanted and position % 4:
-            assert found[position, :, :3].eq(1).all() and found[position, :, 3:].eq(0).all()
+            assert every[position, :, :3].eq(1).all() and every[position, :, 3:].eq(0).all()
         else:
-            assert found[position].isnan().all()
+            assert every[position].isnan().all()
 
 
 def test_guidance_comes_from_what_is_named_else_from_the_scan(
@@ -93,9 +94,9 @@ def test_guidance_comes_from_what_is_named_else_from_the_scan(
     assert by_masks.images == sum(position % 4 > 0 for position in train)
     assert f"{by_masks.images} of {len(train)}" in by_masks.sentence
     by_group = find_guidance(grouped, *given, group="group-2")
-    assert torch.equal(by_group.masks[train[0]], outside_cells(CORNER["cells"], (6, 6)))
+    assert torch.equal(by_group.masks.one(train[0]), outside_cells(CORNER["cells"], (6, 6)))
     assert by_group.images == len(train) and CORNER["region"] in by_group.sentence
-    assert by_group.masks[folder.positions("test")[0]].isnan().all()
+    assert by_group.masks.one(folder.positions("test")[0]).isnan().all()
     assert find_guidance(grouped, *given).source == "group-2"  # the first that has a region
     grouped.write_info(cases={"masks": {"path": str(masks)}})
     assert find_guidance(grouped, *given).source == "masks"
