@@ -423,6 +423,7 @@ def _rows(study: optuna.Study) -> list[dict[str, Any]]:
     rows: dict[tuple[float, float], dict[str, Any]] = {}
     for trial in _complete(study):
         key = (float(trial.params["lr"]), float(trial.params["lambda"]))
-        told = {name: value for name, value in trial.user_attrs.items() if name != _POINT}
+        # Databases give a trial's attributes in orders of their own.
+        told = {name: trial.user_attrs[name] for name in sorted(trial.user_attrs.keys() - {_POINT})}
         rows.setdefault(key, {"lr": key[0], "lambda": key[1], **told})
     return [rows[key] for key in sorted(rows, key=lambda key: (key[0], -key[1]))]
