@@ -11,9 +11,9 @@ a twentieth of the time at most, however large the network, and a killed scan lo
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from audit.errors import RunError
 from audit.files import replacing
 from audit.parallel import ALONE, Team
 
-__all__ = ["Checkpoint", "Checkpoints"]
+__all__ = ["Checkpoint", "Checkpoints", "load_whole"]
 
 INTERVAL = 20.0
 """Time between two checkpoints of a step, in times of what one takes."""
@@ -116,6 +116,19 @@ class Checkpoint:
         return self.earlier_s + time.perf_counter() - self._started_s
 
 
+def load_whole(path: Path) -> dict[str, Any]:
+    """Return the tensors and plain values that `torch.save` wrote, on the CPU.
+
+    Raises:
+        Exception: The file is not what was written; torch alone would not notice a flipped bit.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+    document: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return document
+
+
 def _write(path: Path, state: Mapping[str, Any], seconds: float) -> None:
     with replacing(path) as temporary:
         torch.save({"state": dict(state), "seconds": seconds}, temporary)
@@ -125,9 +138,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        document: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        document = load_whole(path)
         return {"state": document["state"], "seconds": document["seconds"]}
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever torch raises for it, the file is not whole
         raise RunError(
             f"the checkpoint {path} is damaged; start the scan again without --resume"
         ) from error

@@ -31,6 +31,7 @@ import numpy as np
 
 from audit.errors import RunError
 from audit.files import read_json, write_arrays, write_bytes, write_json, write_table
+from audit.locks import lock_file
 from audit.record_shapes import check_record
 
 if TYPE_CHECKING:
@@ -410,17 +411,11 @@ class Run(_Folder):
         """
         if os.name != "posix":
             return True  # no lock that ends with its process; two at once are then up to the user
-        import fcntl
-
         path = self.path / "progress" / "lock"
         path.parent.mkdir(exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
+        self._lock = lock_file(path)
+        if self._lock is None:
             return False
-        self._lock = lock
         # Whoever held it may have finished the run in the meantime.
         self.info = _read_record(self.path, self.record)
         if self.status == "complete":

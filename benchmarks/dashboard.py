@@ -12,23 +12,20 @@ server's processor, which say more on a busy machine.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
-import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 from playwright.sync_api import Page, sync_playwright
 from results_file import configuration, print_table, write_results
 
+from scripts.served_dashboard import served
 from tests.run_builder import build_run
 
 SIZES = (1_000, 20_000)
@@ -53,24 +50,6 @@ class Server:
     def memory_mib(self) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0]) / 1024
-
-
-@contextlib.contextmanager
-def served(runs: Path) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "dashboard", str(runs), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(240):
-            with contextlib.suppress(OSError), urlopen(f"http://localhost:{port}/_stcore/health"):
-                break
-            time.sleep(0.25)
-        yield Server(process, f"http://localhost:{port}")
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
 
 
 def measured(server: Server, action: Callable[[], Any]) -> dict[str, float]:
@@ -163,7 +142,8 @@ def main() -> None:
         for size in SIZES:
             with tempfile.TemporaryDirectory() as folder:
                 build_run(Path(folder), repairs=("accepted",), images=size)
-                with served(Path(folder)) as server:
+                with served(Path(folder)) as (address, process):
+                    server = Server(process, address)
                     for number in range(options.visits):
                         rows += visit(browser, server, size, number)
                     memory[size] = server.memory_mib

@@ -1,12 +1,12 @@
 """Commands killed at random moments, by SIGKILL, and gone on with: is anything lost or half done?
 
-`audit scan`, `repair layer`, `repair grid` and `repair export` run on a small network and generated
-images, once undisturbed. Then each is started, killed at a moment drawn evenly over the time that
-the undisturbed one took, gone on with (`--resume`; grid and export by the same command again),
-killed again, and so on, and at last left to end. Its numbers, tables, maps and weights have to be
-those of the undisturbed one, bit for bit; and after each kill every file under a final name has to
-be whole: each is parsed to its end. Commands run in forked processes in which the libraries are
-loaded already, so that moments fall into the work and not into imports.
+`audit scan`, `repair layer`, `repair grid`, `repair export` and `repair transfer` run on a small
+network and generated images, once undisturbed. Then each is started, killed at a moment drawn
+evenly over the time that the undisturbed one took, gone on with (`--resume`; grid and export by the
+same command again), killed again, and so on, and at last left to end. Its numbers, tables, maps and
+weights have to be those of the undisturbed one, bit for bit; and after each kill every file under a
+final name has to be whole: each is parsed to its end. Commands run in forked processes in which the
+libraries are loaded already, so that moments fall into the work and not into imports.
 
     python benchmarks/kill.py [--work local/kill] [--minutes 8]
 
@@ -47,7 +47,9 @@ import repair.layer
 
 IMAGES = 400
 KILLS_A_CHAIN = 4
-KILLS = {"scan": 11, "layer": 8, "grid": 4, "export": 7}  # at least so many of each command
+# At least so many of each command.
+KILLS = {"scan": 11, "layer": 8, "grid": 4, "export": 7, "transfer": 4}
+SOURCES = {"layer": "scan", "grid": "scan", "export": "layer"}  # what each starts from
 TIMES = {
     "created_utc",
     "finished_utc",
@@ -55,16 +57,19 @@ TIMES = {
     "peak_memory_mib",
     "seconds",
     "command",
+    "out",
     "cache",
     "control_caches",
     "importance",
 }
-"""What may differ: times, memory, the command line; of a grid, fANOVA's reading of the order in
-which its trials came."""
+"""What may differ: times, memory, the command line and what it calls its file; of a grid, fANOVA's
+reading of the order in which its trials came."""
 
 LAYER = "block2_conv1"
 GRID = ("--lr", "0.01,0.1", "--lambda", "0.9,0.7", "--epochs", "2", "--name", LAYER)
 REPAIR = ("--epochs", "6", "--keep", "last", "--controls", "ce,next-layer", "--name", LAYER)
+PROGRESS = "transferred.progress"
+TRANSFER = ("--epochs", "6", "--filters", "32")
 
 
 def main() -> None:
@@ -77,7 +82,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     ends_s = time.monotonic() + 60 * options.minutes
-    reference = undisturbed(options.work.absolute())
+    reference = undisturbed(options.work.absolute(), options.commands)
     kept = options.work / "chains.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     for what in options.commands:
@@ -101,11 +106,15 @@ def main() -> None:
 def command(what: str, folder: Path, work: Path) -> list[str]:
     """Return what a user would type to start it, or to go on with it."""
     runs = folder / "runs"
+    model, images = work / "digits.safetensors", work / "images"
     if what == "scan":
-        model, images = work / "digits.safetensors", work / "images"
         typed = ["audit", "scan", str(model), "--data", str(images), "--out", str(runs)]
         typed += ["--batch-size", "8"]
         return typed + (["--resume"] if any(runs.glob("*/run.json")) else [])
+    if what == "transfer":
+        typed = ["repair", "transfer", str(model), "--data", str(images), *TRANSFER]
+        typed += ["--out", str(folder / "transferred.pt2")]
+        return typed + (["--resume"] if (folder / PROGRESS / "settings.json").exists() else [])
     (run,) = (found.parent for found in runs.glob("*/run.json"))
     if what == "layer":
         begun = any((run / "repairs").glob("*/repair.json"))
@@ -154,32 +163,38 @@ def finish(typed: Sequence[str], folder: Path) -> float:
     return time.perf_counter() - started_s
 
 
-def undisturbed(work: Path) -> dict[str, float]:
+def undisturbed(work: Path, commands: Sequence[str]) -> dict[str, float]:
     """Return the seconds of each command, undisturbed; their results lie in `work/NAME`."""
     done = work / "undisturbed.json"
-    if done.exists():
-        seconds: dict[str, float] = json.loads(done.read_text())
-        return seconds
-    # In processes of their own: a network that was trained here could not be trained after a fork.
-    code = "import sys, scale; from pathlib import Path; p = Path(sys.argv[1]);"
-    code += "scale.trained_model(p / 'digits.safetensors', 0);"
-    code += f"scale.drawn_images(p / 'images', {IMAGES}, 0)"
-    subprocess.run([sys.executable, "-c", code, work], cwd=Path(__file__).parent, check=True)
-    found = {}
-    for what in KILLS:
-        begin(what, work / what, work)
-        found[what] = finish(command(what, work / what, work), work / what)
-    done.write_text(json.dumps(found))
+    found: dict[str, float] = json.loads(done.read_text()) if done.exists() else {}
+    if not done.exists():
+        # In a process of its own: a network that was trained here could not be trained after a
+        # fork.
+        code = "import sys, scale; from pathlib import Path; p = Path(sys.argv[1]);"
+        code += "scale.trained_model(p / 'digits.safetensors', 0);"
+        code += f"scale.drawn_images(p / 'images', {IMAGES}, 0)"
+        subprocess.run([sys.executable, "-c", code, work], cwd=Path(__file__).parent, check=True)
+    for what in needed(commands):
+        if what not in found:
+            begin(what, work / what, work)
+            found[what] = finish(command(what, work / what, work), work / what)
+            done.write_text(json.dumps(found))
     return found
+
+
+def needed(commands: Sequence[str]) -> list[str]:
+    """Return the commands and those whose results they start from, these first."""
+    wanted = {*commands, *(SOURCES[what] for what in commands if what in SOURCES)}
+    wanted |= {SOURCES[what] for what in wanted if what in SOURCES}
+    return [what for what in KILLS if what in wanted]
 
 
 def begin(what: str, folder: Path, work: Path) -> None:
     """Make the folder that a command starts from: a scan to repair, a repair to export."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    source = {"layer": "scan", "grid": "scan", "export": "layer"}.get(what)
-    if source is not None:
-        shutil.copytree(work / source / "runs", folder / "runs")
+    if what in SOURCES:
+        shutil.copytree(work / SOURCES[what] / "runs", folder / "runs")
 
 
 def chain(
@@ -226,6 +241,9 @@ def chain(
 
 def is_complete(what: str, folder: Path) -> bool:
     """Whether a kill came after the last word was written; there is nothing to resume then."""
+    if what == "transfer":
+        settings = folder / PROGRESS / "settings.json"
+        return (folder / "transferred.pt2").exists() and not settings.exists()
     records = {"scan": "runs/*/run.json", "layer": "runs/*/repairs/*/repair.json"}
     found = list(folder.glob(records[what])) if what in records else []
     return any(json.loads(path.read_text())["status"] == "complete" for path in found)
@@ -242,6 +260,10 @@ def differences(what: str, folder: Path, expected: Path) -> list[str]:
 
 def outcome(what: str, folder: Path) -> dict[str, Any]:
     """Return what a command wrote, by file: without times, and arrays by their hash."""
+    if what == "transfer":
+        written = {one.name: content(one) for one in folder.glob("transferred.*") if one.is_file()}
+        written["transferred.pt2"] = weights(folder / "transferred.pt2")
+        return written
     # A kill just after a folder was made leaves an empty one.
     (run,) = (found.parent for found in folder.glob("runs/*/run.json"))
     if what == "scan":
@@ -271,6 +293,12 @@ def content(path: Path) -> Any:
     return digest(path.read_bytes())
 
 
+def weights(program: Path) -> dict[str, str]:
+    """Return the hash of each tensor of an exported program, whose file has names of its own."""
+    state = torch.export.load(program).state_dict
+    return {name: digest(value.numpy().tobytes()) for name, value in state.items()}
+
+
 def plain(document: Any) -> Any:
     """Return a JSON document without times, a grid's trials in the order of their settings.
 
@@ -289,7 +317,8 @@ def plain(document: Any) -> Any:
 
 def is_temporary(path: Path) -> bool:
     """Whether a killed command left a file that nobody reads: half written, or a checkpoint."""
-    return path.name.startswith((".partial-", "state-")) or path.parent.name == "progress"
+    in_progress = path.parent.name in ("progress", PROGRESS)
+    return path.name.startswith((".partial-", "state-")) or in_progress
 
 
 def digest(data: bytes) -> str:

@@ -32,14 +32,14 @@ import torch
 from commands import run_command
 from PIL import Image
 from results_file import configuration, print_table, write_results
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits
-from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from audit.files import write_json
-from audit.networks import ModelCard, Preprocessing, write_card
-from audit.networks.small_vgg import ARCHITECTURE, SmallVGG
+from audit.networks.small_vgg import SmallVGG
 from audit.runs import list_runs, start_run
+from tests.small_model import save_with_card
 
 SIZES = (1000, 5000, 20000)
 CLASSES = tuple(f"digit {value}" for value in range(10))
@@ -116,27 +116,15 @@ def trained_model(path: Path, seed: int) -> Path:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state: dict[str, Tensor] = network.state_dict()
-    save_file({name: value.contiguous() for name, value in state.items()}, path)
-    card = ModelCard(
-        arch=ARCHITECTURE,
-        arch_args={
-            "classes": len(CLASSES),
-            "widths": list(WIDTHS),
-            "convolutions": list(CONVOLUTIONS),
-        },
-        classes=CLASSES,
-        preprocessing=Preprocessing(
-            input_size=(SIDE, SIDE),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
-            interpolation="bilinear",
-            crop=1.0,
-        ),
-        provenance={"trained_by": "benchmarks/scale.py"},
+    save_with_card(
+        network,
+        path,
+        CLASSES,
+        widths=WIDTHS,
+        convolutions=CONVOLUTIONS,
+        side=SIDE,
+        trained_by="benchmarks/scale.py",
     )
-    write_card(card, path.with_suffix(".toml"))
     return path
 
 

@@ -40,6 +40,8 @@ from repair.options import (
     ScheduleOption,
     TrainOption,
     WeightOption,
+    is_stated,
+    stated_settings,
 )
 from repair.transfer_cli import transfer_command
 
@@ -158,7 +160,7 @@ def layer_command(
     json: JsonOption = False,
 ) -> None:
     """Retrain one layer, everything else frozen, and judge it on held-out images."""
-    if no_controls and _is_stated(context, "controls"):
+    if no_controls and is_stated(context, "controls"):
         raise UsageError("--controls and --no-controls exclude each other; give one of them")
     settings: dict[str, Any] = {
         "loss": DEFAULTS.loss if loss == AUTO else loss,
@@ -206,7 +208,7 @@ def layer_command(
         tensorboard=tensorboard,
         resume=resume,
         choose=frozenset(choose),
-        stated=frozenset(_stated(context, settings)) - choose,
+        stated=frozenset(stated_settings(context, settings)) - choose,
         command=("repair", *sys.argv[1:]),
         trust_pickle=trust_pickle,
         code=code,
@@ -225,18 +227,3 @@ app.command("transfer")(transfer_command)
 app.command("compare")(compare_command)
 app.command("grid")(grid_command)
 app.command("export")(export_command)
-
-
-def _stated(context: typer.Context, settings: dict[str, Any]) -> list[str]:
-    """Return the settings that stand on the command line itself."""
-    options = {"r1": ("no_r1",), "r2": ("no_r2",), "controls": ("controls", "no_controls")}
-    return [
-        name
-        for name in settings
-        if any(_is_stated(context, option) for option in options.get(name, (name,)))
-    ]
-
-
-def _is_stated(context: typer.Context, parameter: str) -> bool:
-    source = context.get_parameter_source(parameter)
-    return source is not None and source.name == "COMMANDLINE"

@@ -5,7 +5,7 @@ No torch here: the command line reads choices and defaults from this module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -162,6 +162,14 @@ class RepairConfig:
         """Whether plain cross entropy is trained beside it; it is its own control."""
         return "ce" in self.controls and self.loss != "ce"
 
+    def disagreement(self, asked: RepairConfig, stated: Iterable[str]) -> str | None:
+        """Return which of the stated settings is another one here, such as `epochs 4, not 10`."""
+        for name in sorted(stated):
+            here, there = getattr(self, name), getattr(asked, name)
+            if here != there:
+                return f"{name.replace('_', ' ')} {_shown(here)}, not {_shown(there)}"
+        return None
+
     def as_dict(self) -> dict[str, Any]:
         values = {**vars(self), "controls": list(self.controls)}
         return {_RENAMED.get(name, name): value for name, value in values.items()}
@@ -176,6 +184,10 @@ class RepairConfig:
             recorded = {**recorded, "controls": ("ce",) if recorded["controls"] else ()}
         names = {name: _RENAMED.get(name, name) for name in cls.__dataclass_fields__}
         return cls(**{name: recorded[key] for name, key in names.items() if key in recorded})
+
+
+def _shown(setting: object) -> str:
+    return (",".join(setting) or "none") if isinstance(setting, tuple) else str(setting)
 
 
 def _check_choice(option: str, given: str, choices: tuple[str, ...]) -> None:

@@ -46,7 +46,8 @@ class ExportRequest:
         arch: Architecture of the checkpoint.
         classes: File of the checkpoint's class names.
         opset: ONNX operator set; `OPSET` when None.
-        preprocess: Take uint8 pixels in this layout and give probabilities.
+        preprocess: Take uint8 pixels in this layout, `photo` for photographs of any size, and give
+            probabilities.
         saliency: Give the Grad-CAM of the predicted class too.
         map_layer: Of which layer; the repaired one when None, else the last convolution.
         half: In half precision.

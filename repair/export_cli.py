@@ -32,7 +32,8 @@ def export_command(
     preprocess: Annotated[
         str | None,
         typer.Option(
-            help="Take uint8 pixels of the input size, give probabilities.", metavar="nhwc|nchw"
+            help="Take uint8 pixels of the input size, or photographs of any; give probabilities.",
+            metavar="nhwc|nchw|photo",
         ),
     ] = None,
     saliency: Annotated[

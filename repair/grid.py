@@ -28,6 +28,7 @@ from audit.files import write_json, write_table
 from audit.runs import Run, open_run
 from repair.config import RepairConfig
 from repair.grid_request import GridRequest, Sampler
+from repair.grid_storage import failures_told, open_storage, without_password
 
 if TYPE_CHECKING:
     import optuna
@@ -64,22 +65,31 @@ def search(run: Run, config: RepairConfig, request: GridRequest) -> Grid:
     """
     bench = _Bench.open(run, config, request)
     study = _open_study(bench)
+    with failures_told(bench.storage):
+        record = _carry_out(bench, study)
+    write_json(bench.folder / "grid.json", record)
+    write_table(bench.folder / "trials.parquet", record["trials"])
+    return Grid(record=record, folder=bench.folder)
+
+
+def _carry_out(bench: _Bench, study: optuna.Study) -> dict[str, Any]:
+    """Do what is left of a search, in several processes where asked; return its record."""
+    request = bench.request
     if request.workers > 1:
         spawned = request.workers - 1
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(max_workers=spawned, mp_context=context) as pool:
             alone = replace(request, workers=1, storage=bench.storage, study=bench.study)
-            waiting = [pool.submit(_work, run.path, config, alone) for _ in range(spawned)]
+            waiting = [
+                pool.submit(_work, bench.run.path, bench.config, alone) for _ in range(spawned)
+            ]
             bench.work(study)
             for one in waiting:
                 one.result()
     else:
         bench.work(study)
     bench.try_plain(study)
-    record = bench.record(study)
-    write_json(bench.folder / "grid.json", record)
-    write_table(bench.folder / "trials.parquet", record["trials"])
-    return Grid(record=record, folder=bench.folder)
+    return bench.record(study)
 
 
 def _work(run: Path, config: RepairConfig, request: GridRequest) -> None:
@@ -263,7 +273,7 @@ class _Bench:
         before = self._judge(None, "")
         classes, seed = self.network.card.classes, self.config.seed
         return {
-            "command": list(self.request.command),
+            "command": without_password(self.request.command, self.request.storage),
             "study": self.study,
             "storage": None if self.request.storage is None else "given",
             "settings": self.settings,
@@ -320,9 +330,7 @@ def _open_study(bench: _Bench) -> optuna.Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = optuna.storages.RDBStorage(bench.storage, heartbeat_interval=_HEARTBEAT_S)
+    storage = open_storage(bench.storage, heartbeat_s=_HEARTBEAT_S)
     seed = bench.config.seed
     samplers: dict[Sampler, Callable[[], optuna.samplers.BaseSampler]] = {
         "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # every point is enqueued
@@ -415,6 +423,7 @@ def _rows(study: optuna.Study) -> list[dict[str, Any]]:
     rows: dict[tuple[float, float], dict[str, Any]] = {}
     for trial in _complete(study):
         key = (float(trial.params["lr"]), float(trial.params["lambda"]))
-        told = {name: value for name, value in trial.user_attrs.items() if name != _POINT}
+        # Databases give a trial's attributes in orders of their own.
+        told = {name: trial.user_attrs[name] for name in sorted(trial.user_attrs.keys() - {_POINT})}
         rows.setdefault(key, {"lr": key[0], "lambda": key[1], **told})
     return [rows[key] for key in sorted(rows, key=lambda key: (key[0], -key[1]))]

@@ -695,14 +695,11 @@ def _recorded_settings(
 ) -> tuple[RepairConfig, RepairRequest]:
     """Return the settings that a repair was started with; what the user states must agree."""
     recorded = RepairConfig.from_dict(repair.info["config"])
-    for name in sorted(request.stated):
-        asked, was = getattr(config, name), getattr(recorded, name)
-        if asked != was:
-            raise UsageError(
-                f"{repair.name} was started with {name.replace('_', ' ')} {_shown(was)}, not "
-                f"{_shown(asked)}; "
-                "leave it out to resume, or start a new repair without --resume"
-            )
+    if other := recorded.disagreement(config, request.stated):
+        raise UsageError(
+            f"{repair.name} was started with {other}; "
+            "leave it out to resume, or start a new repair without --resume"
+        )
     was = repair.info["config"]
     console.say(f"resuming {repair.name}")
     return recorded, replace(
@@ -712,10 +709,6 @@ def _recorded_settings(
         masks=request.masks or (Path(was["masks"]) if was.get("masks") else None),
         group=request.group or was.get("group"),
     )
-
-
-def _shown(setting: object) -> str:
-    return (",".join(setting) or "none") if isinstance(setting, tuple) else str(setting)
 
 
 def check_has_maps(layer: Layer, config: RepairConfig) -> None:

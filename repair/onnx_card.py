@@ -11,7 +11,7 @@ import onnx
 
 from audit.environment import versions
 from audit.files import json_text
-from audit.networks import Network
+from audit.networks import Network, Preprocessing
 from audit.networks.network import sha256_state
 from repair.export_sources import ExportSource
 from repair.onnx_serving import Form
@@ -27,6 +27,7 @@ def describe(model: onnx.ModelProto, source: ExportSource, form: Form) -> None:
     network = source.network
     notes = {
         "classes": json.dumps(network.card.classes, ensure_ascii=False),
+        "class_names": "\n".join(_one_line(name) for name in network.card.classes),
         "preprocessing": json.dumps(asdict(network.card.preprocessing)),
         "form": json.dumps(asdict(form)),
         "layer": source.layer or "",
@@ -60,15 +61,7 @@ def model_card(source: ExportSource, form: Form, proof: Mapping[str, Any]) -> st
         _origin(source),
         "## Use",
         "\n".join(_use(form, height, width, network.program.classes)),
-        f"Prepare images: scale until they just cover {round(height / settings.crop)} x "
-        f"{round(width / settings.crop)} pixels ({settings.interpolation}), cut {height} x {width} "
-        "from the center, RGB."
-        + (
-            f" Then (pixels / 255 - mean) / std, mean {list(settings.mean)}, "
-            f"std {list(settings.std)}."
-            if form.preprocess is None
-            else " Scaling of the values is in the graph."
-        ),
+        _preparation(settings, form),
         f"Classes ({network.program.classes}): {_classes(network)}.",
     ]
     if facts.get("metrics"):
@@ -106,11 +99,30 @@ def _origin(source: ExportSource) -> str:
     )
 
 
+def _preparation(settings: Preprocessing, form: Form) -> str:
+    height, width = settings.input_size
+    steps = (
+        f"scale until they just cover {round(height / settings.crop)} x "
+        f"{round(width / settings.crop)} pixels ({settings.interpolation}), cut {height} x {width} "
+        "from the center"
+    )
+    if form.preprocess == "photo":
+        return f"Images are prepared in the graph: {steps}, to the bit as Pillow does."
+    prepared = f"Prepare images: {steps}, RGB."
+    if form.preprocess is not None:
+        return f"{prepared} Scaling of the values is in the graph."
+    return (
+        f"{prepared} Then (pixels / 255 - mean) / std, mean {list(settings.mean)}, "
+        f"std {list(settings.std)}."
+    )
+
+
 def _use(form: Form, height: int, width: int, classes: int) -> list[str]:
     inputs = {
         None: f"float32 (batch, 3, {height}, {width}), normalized",
         "nchw": f"uint8 (batch, 3, {height}, {width}), RGB",
         "nhwc": f"uint8 (batch, {height}, {width}, 3), RGB",
+        "photo": "uint8 (batch, height, width, 3), upright RGB photographs of any size",
     }[form.preprocess]
     lines = [
         f"- Input `images`: {inputs}; the batch is free.",
@@ -127,11 +139,15 @@ def _use(form: Form, height: int, width: int, classes: int) -> list[str]:
 
 
 def _classes(network: Network) -> str:
-    names = [name.replace("\n", " ") for name in network.card.classes]
+    names = [_one_line(name) for name in network.card.classes]
     if not names:
         return "not named"
     more = len(names) - _SHOWN_CLASSES
     return ", ".join(names[:_SHOWN_CLASSES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _one_line(name: str) -> str:
+    return " ".join(name.splitlines())
 
 
 def _metrics(metrics: Mapping[str, Any]) -> list[str]:

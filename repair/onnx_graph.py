@@ -51,7 +51,7 @@ def onnx_model(network: Network, form: Form) -> onnx.ModelProto:
             f"PyTorch exported to operator set {got}, not {form.opset}; ask for --opset {got}, "
             f"or leave --opset out for {OPSET}"
         )
-    _clean(model)
+    _clean(model, form)
     return model
 
 
@@ -63,13 +63,15 @@ def serialized(model: onnx.ModelProto) -> bytes:
         raise ExportError(f"the model is too large for one ONNX file of 2 GiB: {error}") from error
 
 
-def _clean(model: onnx.ModelProto) -> None:
-    """Name the batch axis; drop the exporter's notes, which hold source paths of this machine."""
+def _clean(model: onnx.ModelProto, form: Form) -> None:
+    """Name the free axes; drop the exporter's notes, which hold source paths of this machine."""
     graph = model.graph
+    traced = (axis.dim_param for axis in graph.input[0].type.tensor_type.shape.dim)
+    names = dict(zip(traced, form.free_axes, strict=False))
     for value in (*graph.input, *graph.output, *graph.value_info):
         for axis in value.type.tensor_type.shape.dim:
             if axis.dim_param:
-                axis.dim_param = BATCH_AXIS
+                axis.dim_param = names.get(axis.dim_param, BATCH_AXIS)
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
         del part.metadata_props[:]
         part.doc_string = ""

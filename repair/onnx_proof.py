@@ -9,7 +9,7 @@ within a tolerance.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from PIL import Image
 
 from audit import console
 from audit.images import ImageFolder, iterate_batches
+from audit.images.decoding import preprocess
 from audit.networks import Network, Preprocessing
 from audit.saliency import layer_maps
 from repair.onnx_comparison import Comparison, Given
@@ -30,6 +32,7 @@ __all__ = [
     "BATCHES",
     "Expected",
     "expected_outputs",
+    "loaded_as",
     "model_inputs",
     "prove",
     "structure_error",
@@ -85,9 +88,20 @@ def prove(
     return proof, comparison.expected
 
 
+def loaded_as(settings: Preprocessing, form: Form) -> Preprocessing:
+    """Return how images are loaded for a file of this form: prepared, unless it takes photographs.
+
+    Those of one batch are of one size; it is odd, and larger than what the network sees.
+    """
+    if form.preprocess != "photo":
+        return settings
+    height, width = settings.input_size
+    return replace(settings, input_size=(3 * height // 2 | 1, (3 * width // 2 | 1) + 2), crop=1.0)
+
+
 def expected_outputs(network: Network, pixels: torch.Tensor, form: Form) -> Expected:
     """Return what the network itself gives for uint8 pixels (B, 3, H, W)."""
-    normalized = network.normalize(pixels)
+    normalized = network.normalize(_prepared(pixels, network.card.preprocessing, form))
     with torch.no_grad():
         logits = network.program.logits(normalized)
     maps = None
@@ -107,12 +121,21 @@ def expected_outputs(network: Network, pixels: torch.Tensor, form: Form) -> Expe
 
 def model_inputs(pixels: torch.Tensor, settings: Preprocessing, form: Form) -> np.ndarray:
     """Return what a file of this form takes for uint8 pixels (B, 3, H, W)."""
-    if form.preprocess == "nhwc":
+    if form.preprocess in ("nhwc", "photo"):
         return pixels.permute(0, 2, 3, 1).contiguous().numpy()
     if form.preprocess == "nchw":
         return pixels.numpy()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (settings.mean, settings.std))
     return ((pixels.to(torch.float32) / 255 - mean) / std).numpy()
+
+
+def _prepared(pixels: torch.Tensor, settings: Preprocessing, form: Form) -> torch.Tensor:
+    """Return what the network sees of pixels (B, 3, H, W): of photographs, what Pillow makes."""
+    if form.preprocess != "photo":
+        return pixels
+    photos = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    seen = [preprocess(Image.fromarray(photo), settings) for photo in photos]
+    return torch.from_numpy(np.stack(seen))
 
 
 def structure_error(path: Path) -> str | None:
@@ -139,11 +162,10 @@ def _compare(
     comparison: Comparison,
 ) -> None:
     """Run every image through both networks, in batches of each size."""
+    settings = loaded_as(network.card.preprocessing, form)
     with console.progress("proving on held-out images", len(indices)) as bar:
         for size, wanted in _rounds(indices):
-            for batch in iterate_batches(
-                images, wanted, network.card.preprocessing, batch_size=size
-            ):
+            for batch in iterate_batches(images, wanted, settings, batch_size=size):
                 expected = expected_outputs(network, batch.pixels, form)
                 positions = batch.indices.tolist()
                 for session in sessions:

@@ -1,9 +1,10 @@
 """The network as it is served: what stands before it and behind it in the exported graph.
 
 `--preprocess` puts the scaling of pixels before it (uint8 in) and the softmax behind it
-(probabilities out). `--saliency` gives the Grad-CAM of the predicted class as a second output, its
-gradient written out by `repair.onnx_gradients`. The module here runs the network's functional graph
-operation by operation under its own parameter names, so that the exported initializers keep them.
+(probabilities out); with `photo` also resize and cut, so that photographs of any size go in.
+`--saliency` gives the Grad-CAM of the predicted class as a second output, its gradient written out
+by `repair.onnx_gradients`. The module here runs the network's functional graph operation by
+operation under its own parameter names, so that the exported initializers keep them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from audit.networks import Network
 from audit.networks.layers import Layer
 from audit.saliency import layer_map
 from repair.onnx_gradients import check_differentiable, output_gradient
+from repair.onnx_resizing import check_resizable, resized
 
 __all__ = ["LAYOUTS", "Form", "Layout", "choose_map_layer", "served_program"]
 
-Layout = Literal["nhwc", "nchw"]
+Layout = Literal["nhwc", "nchw", "photo"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-INPUT, LOGITS, PROBABILITIES, MAP, BATCH_AXIS = "images", "logits", "probabilities", "map", "batch"
+INPUT, LOGITS, PROBABILITIES, MAP = "images", "logits", "probabilities", "map"
+BATCH_AXIS, HEIGHT_AXIS, WIDTH_AXIS = "batch", "height", "width"
 OPSET = 18
 
 _LAYER_CALLS = {
@@ -42,7 +45,8 @@ class Form:
 
     Attributes:
         opset: ONNX operator set.
-        preprocess: Layout of uint8 pixels that it takes; normalized float images when None.
+        preprocess: Layout of uint8 pixels that it takes, `photo` for nhwc of any size; normalized
+            float images when None.
         map_layer: Layer whose Grad-CAM is the second output; one output when None.
         half: Weights and arithmetic in float16; inputs and outputs keep their types.
 
@@ -60,6 +64,12 @@ class Form:
             raise UsageError(
                 f"--preprocess is {self.preprocess!r}; expected one of {', '.join(LAYOUTS)}"
             )
+
+    @property
+    def free_axes(self) -> tuple[str, ...]:
+        """Names of the input's first axes, which may have any size."""
+        photo = self.preprocess == "photo"
+        return (BATCH_AXIS, HEIGHT_AXIS, WIDTH_AXIS) if photo else (BATCH_AXIS,)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -90,18 +100,24 @@ def served_program(network: Network, form: Form) -> ExportedProgram:
     Raises:
         ExportError: The layer has no maps, or a gradient behind it cannot be written.
         LayerNotFoundError: There is no such layer.
+        UsageError: Photographs are prepared in a way that a graph does not know.
     """
+    if form.preprocess == "photo":
+        check_resizable(network.card.preprocessing)
     program = network.program.to_exported()
     if form.preprocess is None and form.map_layer is None:
         return program
     module = _Served(network, program.run_decompositions({}), form)
     height, width = network.card.preprocessing.input_size
-    shape = (2, height, width, 3) if form.preprocess == "nhwc" else (2, 3, height, width)
+    channels_first = form.preprocess in (None, "nchw")
+    shape = (2, 3, height, width) if channels_first else (2, height, width, 3)
     kind = network.program.dtype if form.preprocess is None else torch.uint8
     example = torch.zeros(shape, dtype=kind)  # two images: with one the batch would be fixed at 1
     with torch.no_grad():
         return torch.export.export(
-            module, (example,), dynamic_shapes=({0: Dim(BATCH_AXIS, min=1)},)
+            module,
+            (example,),
+            dynamic_shapes=({at: Dim(name, min=1) for at, name in enumerate(form.free_axes)},),
         )
 
 
@@ -114,6 +130,7 @@ class _Served(nn.Module):
     def __init__(self, network: Network, functional: ExportedProgram, form: Form) -> None:
         super().__init__()
         self._form = form
+        self._settings = network.card.preprocessing
         self._nodes = list(functional.graph.nodes)
         self._root = functional.graph_module
         self._images, self._names = self._register_state(functional)
@@ -124,8 +141,7 @@ class _Served(nn.Module):
             self._layer = network.layer(form.map_layer)
             self._place = self._call_of(self._layer)
             check_differentiable(self._nodes, self._place, self._logits)
-        settings = network.card.preprocessing
-        for name, values in (("mean", settings.mean), ("std", settings.std)):
+        for name, values in (("mean", self._settings.mean), ("std", self._settings.std)):
             self.register_buffer(
                 f"pixel_{name}", torch.tensor(values, dtype=network.program.dtype).view(3, 1, 1)
             )
@@ -144,8 +160,10 @@ class _Served(nn.Module):
     def _normalized(self, images: Tensor) -> Tensor:
         if self._form.preprocess is None:
             return images
-        if self._form.preprocess == "nhwc":
+        if self._form.preprocess != "nchw":
             images = images.permute(0, 3, 1, 2)
+        if self._form.preprocess == "photo":
+            images = resized(images, self._settings)
         return (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
 
     def _values(self, images: Tensor) -> dict[fx.Node, Any]:

@@ -22,7 +22,7 @@ from audit.networks import Preprocessing
 from audit.runs import open_run
 from repair.export_sources import ExportSource, source_of_checkpoint, source_of_run
 from repair.onnx_comparison import Comparison, Given
-from repair.onnx_proof import BATCHES, model_inputs, prove, structure_error
+from repair.onnx_proof import BATCHES, loaded_as, model_inputs, prove, structure_error
 from repair.onnx_reference import KnownImage, known_images, noise_expected, noise_pixels
 from repair.onnx_serving import INPUT, Form
 from repair.onnx_sessions import OpenedSession, cuda_state, open_sessions
@@ -194,7 +194,8 @@ def _other_classes(
     by_path = {image.path: image.predicted for image in known}
     wrong: set[int] = set()
     everything = range(len(images.records))
-    for batch in iterate_batches(images, everything, settings, batch_size=BATCH):
+    loaded = loaded_as(settings, form)
+    for batch in iterate_batches(images, everything, loaded, batch_size=BATCH):
         inputs = model_inputs(batch.pixels, settings, form)
         for session in sessions:
             (scores,) = session.run({INPUT: inputs}, form.outputs[:1])

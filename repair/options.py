@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,8 @@ __all__ = [
     "ScheduleOption",
     "TrainOption",
     "WeightOption",
+    "is_stated",
+    "stated_settings",
 ]
 
 RunOption = Annotated[
@@ -90,3 +93,19 @@ BatchSizeOption = Annotated[int, typer.Option(help="Images per step.")]
 OptimizerOption = Annotated[
     str, typer.Option(help="SGD with momentum 0.9, or AdamW.", metavar="|".join(OPTIMIZERS))
 ]
+
+_OPTIONS = {"r1": ("no_r1",), "r2": ("no_r2",), "controls": ("controls", "no_controls")}
+
+
+def stated_settings(context: typer.Context, settings: Iterable[str]) -> list[str]:
+    """Return the settings that stand on the command line itself."""
+    return [
+        name
+        for name in settings
+        if any(is_stated(context, option) for option in _OPTIONS.get(name, (name,)))
+    ]
+
+
+def is_stated(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from audit.batches import BatchLimit
+from audit.checkpoints import load_whole
 from audit.errors import RunError
 from audit.files import replacing
 from audit.parallel import ALONE, Team
@@ -581,15 +582,12 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # -------------------------------------------------------------------- checkpoints
 
 
+_PLAIN = ("epoch", "steps", "seconds", "stopped", "best_epoch", "best_entropy", "history")
+
+
 def _save(state: _State, path: Path) -> None:
     document = {
-        "epoch": state.epoch,
-        "steps": state.steps,
-        "seconds": state.seconds,
-        "stopped": state.stopped,
-        "best_epoch": state.best_epoch,
-        "best_entropy": state.best_entropy,
-        "history": state.history,
+        **{name: getattr(state, name) for name in _PLAIN},
         "leaves": {name: value.detach() for name, value in state.leaves.items()},
         "best": state.best,
         "optimizer": state.optimizer.state_dict(),
@@ -601,19 +599,20 @@ def _save(state: _State, path: Path) -> None:
 
 def _restore(state: _State, path: Path) -> None:
     try:
-        document = torch.load(path, map_location="cpu", weights_only=True)
+        document = load_whole(path)
         with torch.no_grad():
             for name, leaf in state.leaves.items():
                 leaf.copy_(document["leaves"][name])
                 state.best[name].copy_(document["best"][name])
         state.optimizer.load_state_dict(document["optimizer"])
         state.scheduler.load_state_dict(document["scheduler"])
+        for name in _PLAIN:
+            setattr(state, name, document[name])
     except Exception as error:
         raise DamagedCheckpointError(
-            f"the checkpoint {path} is damaged; start the repair again without --resume"
+            f"the checkpoint {path} is damaged; remove it and go on with --resume: that training "
+            "starts again"
         ) from error
-    for name in ("epoch", "steps", "seconds", "stopped", "best_epoch", "best_entropy", "history"):
-        setattr(state, name, document[name])
 
 
 @contextmanager

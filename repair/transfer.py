@@ -7,6 +7,8 @@
     judge on the test split            which training never saw
     write an exported program          with its card, for `audit scan`, and a record of all numbers
 
+How far it has come is kept beside the program until that is written (repair.transfer_progress).
+
 Source: Halliwell and Lecue 2020, section 4.1.
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 from audit import console
 from audit.environment import choose_device, device_record, versions
 from audit.errors import UsageError
-from audit.files import write_bytes, write_json
+from audit.files import read_json, write_bytes, write_json
 from audit.images import ImageFolder, Split, class_names, open_image_folder
 from audit.networks import Network, open_network, write_card
 from audit.statistics import bootstrap_mean
@@ -36,6 +38,7 @@ from repair.maps import map_similarity, true_class_maps
 from repair.new_head import FILTERS, head_split, with_new_head
 from repair.sources import positions
 from repair.training import Row, Trained, predict, train_layer
+from repair.transfer_progress import Progress, Settings
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
@@ -55,6 +58,10 @@ class TransferRequest:
         command: The command line, for the record.
         trust_pickle: Let a pickled module run its code.
         code: Folder with the code of a pickled module.
+        resume: Go on with the transfer to `out` that was interrupted, by the settings it was
+            started with.
+        stated: Settings (fields of `RepairConfig`, and `filters`) that must equal those of a
+            resumed transfer.
     """
 
     model: str
@@ -67,6 +74,8 @@ class TransferRequest:
     command: tuple[str, ...] = ()
     trust_pickle: bool = False
     code: Path | None = None
+    resume: bool = False
+    stated: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.filters < 1:
@@ -128,9 +137,13 @@ def transfer_network(request: TransferRequest, config: RepairConfig) -> dict[str
     """
     if config.loss_function.needs_masks:
         raise UsageError(f"transfer has no masks, so --loss cannot be {config.loss}")
-    present = [path for path in (request.out, _record_path(request.out)) if path.exists()]
-    if present:
-        raise UsageError(f"{present[0]} is there already; give another name with --out")
+    progress = Progress(request.out)
+    if request.resume:
+        was = progress.agreed(config, request.filters, request.stated)
+        config = was.config
+        request = replace(request, filters=was.filters, command=was.command)
+    else:
+        _check_free(request.out, progress)
     device = choose_device(request.device)
     classes = class_names(request.data)
     if len(classes) < 2:
@@ -145,28 +158,69 @@ def transfer_network(request: TransferRequest, config: RepairConfig) -> dict[str
         device=device,
     )
     folder = open_image_folder(request.data, classes, seed=config.seed)
-    start = with_new_head(network, classes, filters=request.filters, seed=config.seed)
+    settings = Settings(
+        config=config,
+        filters=request.filters,
+        command=request.command,
+        source=network.source,
+        model=network.sha256,
+        data=folder.fingerprint,
+        classes=classes,
+    )
+    with progress.under_way():
+        if request.resume:
+            progress.check_same(settings)
+            console.say(f"resuming {progress.folder}")
+        else:
+            progress.begin(settings)
+        if request.out.exists():  # all was done, but for tidying up
+            return read_json(_record_path(request.out))
+        return _carry_out(request, settings, network, folder, progress)
+
+
+def _check_free(out: Path, progress: Progress) -> None:
+    if progress.has_trained:
+        raise UsageError(
+            f"{progress.folder} holds an unfinished transfer; go on with it by --resume, or give "
+            "another name with --out"
+        )
+    present = [path for path in (out, _record_path(out)) if path.exists()]
+    if present:
+        raise UsageError(f"{present[0]} is there already; give another name with --out")
+
+
+def _carry_out(
+    request: TransferRequest,
+    settings: Settings,
+    network: Network,
+    folder: ImageFolder,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train the head, or go on with it, and write everything; return the record."""
+    config = settings.config
+    start = with_new_head(network, settings.classes, filters=settings.filters, seed=config.seed)
     crossing = _cross(start, folder, request, config)
     trainings = 2 if config.has_control else 1
     with console.progress("training the new head, epochs", trainings * config.epochs) as bar:
-        found = transfer(start, crossing, config, on_epoch=lambda row: bar.advance())
+        found = transfer(
+            start, crossing, config, progress=progress, on_epoch=lambda row: bar.advance()
+        )
     if found.trained.stopped:
         console.say(f"training {found.trained.stopped}")
     record = {
-        "command": list(request.command),
-        "config": {**config.as_dict(), "filters": request.filters},
+        "command": list(settings.command),
+        "config": {**config.as_dict(), "filters": settings.filters},
         "versions": versions(),
-        "device": device_record(device),
+        "device": device_record(network.program.device.type),
         "model": {"source": network.source, "sha256": network.sha256},
         "data": {"root": str(folder.root), "fingerprint": folder.fingerprint},
-        "classes": list(classes),
+        "classes": list(settings.classes),
         "splits": {name: len(tensors) for name, tensors in crossing.items()},
-        **found.as_dict(classes, seed=config.seed),
+        **found.as_dict(settings.classes, seed=config.seed),
         "out": str(request.out),
     }
     buffer = io.BytesIO()
     torch.export.save(found.network.program.to_exported(), buffer)
-    request.out.parent.mkdir(parents=True, exist_ok=True)
     write_card(found.network.card, request.out.with_suffix(".toml"))
     write_json(_record_path(request.out), record)
     write_bytes(request.out, buffer.getvalue())  # last: where it is, all is
@@ -178,6 +232,7 @@ def transfer(
     crossing: Mapping[str, CrossingTensors],
     config: RepairConfig,
     *,
+    progress: Progress | None = None,
     on_epoch: Callable[[Row], None] | None = None,
 ) -> Transferred:
     """Return the head trained by the configured loss, and judged beside plain cross entropy.
@@ -186,6 +241,8 @@ def transfer(
         network: From `with_new_head`.
         crossing: Images by split (train, val, test) as they enter the new convolution.
         config: Loss, penalty and training settings.
+        progress: Keeps how far training has come, and knows how far it had; nothing is kept when
+            None.
         on_epoch: Called with the history row of every epoch, the control's included.
     """
     split, classifier = head_split(network)
@@ -198,6 +255,7 @@ def transfer(
             config,
             loss=loss,
             also=classifier,
+            state_path=progress.state_path(loss) if progress else None,
             on_epoch=on_epoch,
         )
 

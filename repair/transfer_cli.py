@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,12 +22,14 @@ from repair.options import (
     OptimizerOption,
     RateOption,
     ScaleOption,
+    stated_settings,
 )
 
 DEFAULTS = RepairConfig(epochs=50)
 
 
 def transfer_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model file or registry name.", metavar="MODEL")],
     data: Annotated[
         Path, typer.Option(help="Images, one sub-folder for each new class.", metavar="DIR")
@@ -61,24 +63,28 @@ def transfer_command(
             metavar="GIB",
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished transfer to --out.")
+    ] = False,
     trust_pickle: TrustOption = False,
     code: CodeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Give a network new classes: a 1x1 convolution and a classifier on its frozen features."""
-    config = RepairConfig(
-        loss=loss,
-        scale=scale,  # type: ignore[arg-type]  # checked there
-        r1=not no_r1,
-        r2=not no_r2,
-        balance=balance,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,  # type: ignore[arg-type]
-        seed=seed,
-        controls=() if no_controls else ("ce",),
-    )
+    settings: dict[str, Any] = {
+        "loss": loss,
+        "scale": scale,
+        "r1": not no_r1,
+        "r2": not no_r2,
+        "balance": balance,
+        "learning_rate": learning_rate,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "seed": seed,
+        "controls": () if no_controls else ("ce",),
+    }
+    config = RepairConfig(**settings)
     from repair.summary import transfer_summary
     from repair.transfer import TransferRequest, transfer_network
 
@@ -93,6 +99,8 @@ def transfer_command(
         command=("repair", *sys.argv[1:]),
         trust_pickle=trust_pickle,
         code=code,
+        resume=resume,
+        stated=frozenset(stated_settings(context, [*settings, "filters"])),
     )
     record = transfer_network(request, config)
     if json:

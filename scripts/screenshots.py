@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+
+from served_dashboard import served
 
 from audit.report import write_report
 from audit.runs import list_runs
@@ -47,7 +45,7 @@ def main() -> int:
         return 1
     options.pictures.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
-    with served(options.runs) as address, sync_playwright() as playwright:
+    with served(options.runs) as (address, _), sync_playwright() as playwright:
         for width, height in SIZES.items():
             for scheme in SCHEMES:
                 with visitor(playwright, options.browser, width, height, scheme, problems) as tab:
@@ -60,25 +58,6 @@ def main() -> int:
     for problem in dict.fromkeys(problems):
         print(problem, file=sys.stderr)
     return 1 if problems else 0
-
-
-@contextlib.contextmanager
-def served(runs: Path) -> Iterator[str]:
-    """Run the dashboard while the block lasts; yield its address."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "dashboard", str(runs), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(120):
-            with contextlib.suppress(OSError), urlopen(f"http://localhost:{port}/_stcore/health"):
-                break
-            time.sleep(0.25)
-        yield f"http://localhost:{port}"
-    finally:
-        server.terminate()
-        server.wait(timeout=20)
 
 
 @contextlib.contextmanager

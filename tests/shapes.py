@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from audit.networks import ModelCard, Preprocessing, write_card
-from audit.networks.small_vgg import ARCHITECTURE, SmallVGG
+from audit.networks.small_vgg import SmallVGG
+from tests.small_model import save_with_card
 
 CLASSES = ("disk", "square", "stripes")
 DAMAGED = "block2_conv2"
@@ -103,22 +102,12 @@ def damage(network: SmallVGG) -> None:
 
 
 def _save(network: SmallVGG, path: Path) -> None:
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
-    card = ModelCard(
-        arch=ARCHITECTURE,
-        arch_args={
-            "classes": len(CLASSES),
-            "widths": list(_WIDTHS),
-            "convolutions": list(_CONVOLUTIONS),
-        },
-        classes=CLASSES,
-        preprocessing=Preprocessing(
-            input_size=(SIDE, SIDE),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
-            interpolation="bilinear",
-            crop=1.0,
-        ),
-        provenance={"trained_by": "tests/shapes.py"},
+    save_with_card(
+        network,
+        path,
+        CLASSES,
+        widths=_WIDTHS,
+        convolutions=_CONVOLUTIONS,
+        side=SIDE,
+        trained_by="tests/shapes.py",
     )
-    write_card(card, path.with_suffix(".toml"))

@@ -138,10 +138,28 @@ def served(
     finished: tuple[Run, RepairFolder], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RepairFolder, Exported]:
     """The repair exported with preprocessing and saliency in the graph; nobody changes it."""
-    run, repair = finished
-    copy = tmp_path_factory.mktemp("served") / run.name
-    shutil.copytree(run.path, copy)
     request = ExportRequest(preprocess="nhwc", saliency=True)
+    return export_copy(finished, tmp_path_factory.mktemp("served"), request)
+
+
+PhotoModel = tuple[RepairFolder, Exported]
+
+
+@pytest.fixture(scope="session")
+def photo_model(
+    finished: tuple[Run, RepairFolder], tmp_path_factory: pytest.TempPathFactory
+) -> PhotoModel:
+    """The repair exported to take photographs of any size; nobody changes it."""
+    request = ExportRequest(preprocess="photo")
+    return export_copy(finished, tmp_path_factory.mktemp("photo_model"), request)
+
+
+def export_copy(
+    finished: tuple[Run, RepairFolder], root: Path, request: ExportRequest
+) -> tuple[RepairFolder, Exported]:
+    run, repair = finished
+    copy = root / run.name
+    shutil.copytree(run.path, copy)
     return open_repair(copy / "repairs" / repair.name), export_network(open_run(copy), request)
 
 

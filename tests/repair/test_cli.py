@@ -202,7 +202,7 @@ def test_a_file_is_verified_by_the_command(
         (["--checkpoint", "a.pt", "--original"], "--checkpoint stands for a model without a run"),
         (["--checkpoint", "a.pt"], "--checkpoint needs --data DIR"),
         (["--map-layer", "last_conv"], "add --saliency"),
-        (["--preprocess", "hwc"], "--preprocess is 'hwc'; expected one of nhwc, nchw"),
+        (["--preprocess", "hwc"], "--preprocess is 'hwc'; expected one of nhwc, nchw, photo"),
     ],
 )
 def test_exports_that_contradict_themselves_end_with_two(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -9,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
-from audit.images import ImageFolder, load_pixels
+from audit.images import ImageFolder
+from audit.images.decoding import decode, preprocess
 from audit.networks import Network
-from audit.runs import RepairFolder
-from repair.export import Exported
 
-from .conftest import CLASSES
+from .conftest import CLASSES, PhotoModel
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deploy.py"
 # What the example imports, and the folders of libraries that wheels keep beside their packages.
@@ -55,50 +56,37 @@ def test_pytorch_cannot_be_imported_there(python: Path) -> None:
         assert ended.returncode == 1 and f"No module named '{package}'" in ended.stderr
 
 
+def test_the_example_has_ten_lines() -> None:
+    (docstring, *body) = ast.parse(EXAMPLE.read_text(encoding="utf-8")).body
+    assert isinstance(docstring, ast.Expr)
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()[body[0].lineno - 1 :]
+    assert len([line for line in lines if line.strip()]) <= 10
+    assert ";" not in "".join(lines)
+
+
 def test_the_example_gives_the_classes_of_pytorch_there(
-    python: Path,
-    served: tuple[RepairFolder, Exported],
-    folder: ImageFolder,
-    network: Network,
-    tmp_path: Path,
+    python: Path, photo_model: PhotoModel, folder: ImageFolder, network: Network, tmp_path: Path
 ) -> None:
-    repaired, exported = served
-    chosen = folder.positions("test")[::6]
-    photos = [folder.root / folder.records[i].path for i in chosen]
-    # A photograph of another size is scaled and cut as ours are.
-    wide = tmp_path / "wide.png"
-    Image.open(photos[0]).resize((75, 61)).save(wide)
-    ended = run(python, "-I", EXAMPLE, exported.model, *photos, wide)
+    repaired, exported = photo_model
+    photos = [folder.root / folder.records[i].path for i in folder.positions("test")[::6]]
+    # Photographs of other sizes are scaled and cut as ours are; one lies on its side.
+    for number, size in enumerate([(75, 61), (24, 100), (61, 160), (31, 24)]):
+        path = tmp_path / f"{number}.png"
+        Image.open(photos[number]).resize(size).save(path)
+        photos.append(path)
+    turned, exif = tmp_path / "turned.jpg", Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.open(photos[0]).resize((90, 50)).save(turned, exif=exif)
+    photos.append(turned)
+
+    ended = run(python, "-I", EXAMPLE, exported.model, *photos)
     assert ended.returncode == 0, ended.stderr
     lines = [line.split("\t") for line in ended.stdout.splitlines()]
-    pixels = load_pixels(folder, chosen, network.card.preprocessing)
+    assert [path for path, *_ in lines] == [str(path) for path in photos]
+    settings = network.card.preprocessing
+    seen = np.stack([preprocess(decode(path), settings) for path in photos])
     after = network.with_state(load_file(repaired.weights))
-    expected = after.program.logits(after.normalize(pixels.pixels)).softmax(1)
-    assert [name for _, name, _ in lines[:-1]] == [
-        CLASSES[i] for i in expected.argmax(dim=1).tolist()
-    ]
-    given = np.array([float(score) for *_, score in lines[:-1]])
+    expected = after.program.logits(after.normalize(torch.from_numpy(seen))).softmax(1)
+    assert [name for _, name, _ in lines] == [CLASSES[i] for i in expected.argmax(dim=1).tolist()]
+    given = np.array([float(score) for *_, score in lines])
     np.testing.assert_allclose(given, expected.detach().amax(1).numpy(), atol=1e-4)
-
-
-def test_the_example_prepares_photographs_as_the_proof_did(
-    network: Network, tmp_path: Path
-) -> None:
-    from audit.images.decoding import decode, preprocess
-
-    source = EXAMPLE.read_text(encoding="utf-8")
-    body = source[source.index("    photo =") : source.index("    scores =")]
-    for size in ((75, 61), (24, 100), (31, 24)):
-        path = tmp_path / f"{size[0]}x{size[1]}.png"
-        noise = np.random.default_rng(0).integers(0, 256, size=(*size[::-1], 3), dtype=np.uint8)
-        Image.fromarray(noise).save(path)
-        settings = network.card.preprocessing
-        scope: dict[str, object] = {}
-        code = (
-            "import numpy as np\nfrom PIL import Image, ImageOps\n"
-            f"settings, crop = {{'interpolation': {settings.interpolation!r}}}, {settings.crop}\n"
-            f"(height, width), path = {settings.input_size}, {str(path)!r}\nif True:\n{body}"
-        )
-        exec(code, scope)
-        expected = preprocess(decode(path), settings).transpose(1, 2, 0)
-        np.testing.assert_array_equal(scope["pixels"], expected)

@@ -174,7 +174,11 @@ def test_half_precision_may_only_swap_classes_that_it_cannot_tell_apart() -> Non
     ("settings", "error", "line"),
     [
         ({"map_layer": DAMAGED}, UsageError, "add --saliency"),
-        ({"preprocess": "hwcn"}, UsageError, "--preprocess is 'hwcn'; expected one of nhwc, nchw"),
+        (
+            {"preprocess": "hwcn"},
+            UsageError,
+            "--preprocess is 'hwcn'; expected one of nhwc, nchw, photo",
+        ),
         ({"saliency": True, "map_layer": "predictions"}, ExportError, "predictions has no map"),
         ({"saliency": True, "map_layer": "block9"}, ExportError, "no layer 'block9'"),
     ],

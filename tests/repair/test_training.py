@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_refused_with_a_remedy(
 ) -> None:
     path = tmp_path / "state.pt"
     path.write_bytes(b"PK\x03\x04 half a checkpoint")
-    with pytest.raises(RunError, match="damaged; start the repair again"):
+    with pytest.raises(RunError, match="damaged; remove it and go on with --resume"):
         train(network, crossed, state_path=path)
 
 
