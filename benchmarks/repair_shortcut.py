@@ -138,6 +138,9 @@ def main() -> None:
         "--networks", nargs="+", default=["resnet", "vgg", "efficientnet"], help="of the cases"
     )
     parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=list(SEEDS))
+    parser.add_argument(
+        "--training-seed", type=int, default=0, help="of the small networks that were planted in"
+    )
     parser.add_argument("--faults", type=Path, default=Path("local/localize"))
     parser.add_argument("--work", type=Path, default=Path("local/repair_shortcut"))
     options = parser.parse_args()
@@ -145,7 +148,11 @@ def main() -> None:
     if options.action == "report":
         report(_read(options.work))
         return
-    cases = [case for case in all_cases(options.faults) if case.network in options.networks]
+    cases = [
+        case
+        for case in all_cases(options.faults, options.training_seed)
+        if case.network in options.networks
+    ]
     done = {(r["case"], r["regime"], r["seed"], r["method"]) for r in _read(options.work)}
     kept = options.work / f"rows-{options.part}.jsonl"
     for seed in options.seeds:
