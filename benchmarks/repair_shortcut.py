@@ -148,11 +148,7 @@ def main() -> None:
     if options.action == "report":
         report(_read(options.work))
         return
-    cases = [
-        case
-        for case in all_cases(options.faults, options.training_seed)
-        if case.network in options.networks
-    ]
+    cases = all_cases(options.faults, options.networks, options.training_seed)
     done = {(r["case"], r["regime"], r["seed"], r["method"]) for r in _read(options.work)}
     kept = options.work / f"rows-{options.part}.jsonl"
     for seed in options.seeds:

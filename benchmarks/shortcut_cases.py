@@ -108,7 +108,7 @@ class Case:
         return ("balanced",) if self.network == "efficientnet" else REGIMES
 
 
-def mark_cases(work: Path, training_seed: int) -> list[Case]:
+def mark_cases(work: Path, networks: Sequence[str], training_seed: int) -> list[Case]:
     """Return the first faults of each network and kind that took, as `localize.py` planted them.
 
     Those of the small networks are of the ones that were trained by this seed.
@@ -117,7 +117,7 @@ def mark_cases(work: Path, training_seed: int) -> list[Case]:
     scenes: dict[tuple[str, int], faults.Scene] = {}
     found: list[Case] = []
     for row in rows:
-        if not row["took"] or row["kind"] not in REGION:
+        if not row["took"] or row["kind"] not in REGION or row["network"] not in networks:
             continue
         if row["network"] != "efficientnet" and row["training_seed"] != training_seed:
             continue
@@ -213,16 +213,16 @@ class _Pictures:
         return self.pool.rows(chosen)
 
 
-def background_cases(work: Path, training_seed: int) -> list[Case]:
+def background_cases(work: Path, networks: Sequence[str], training_seed: int) -> list[Case]:
     """Return networks that one layer taught to go by the light; those that did not take are left
     out and named on the terminal."""
     cases = []
     learned, judged = _pictures(3000, "train", 0.5, 1), _pictures(2 * JUDGED, "test", 0.5, 2)
     scanned = _pictures(400, "train", 0.5, 3).pool
     against = judged.night != (judged.pool.labels == 1)
-    for name, layers in BACKGROUND_LAYERS.items():
+    for name in (name for name in networks if name in BACKGROUND_LAYERS):
         healthy = _object_network(name, learned.pool, work, training_seed)
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(BACKGROUND_LAYERS[name]):
             planted = healthy.layer(layer).name
             faulty = _with_background(healthy, planted, seed=number)
             where = Scene(
@@ -364,5 +364,9 @@ def _cut_out(path: Path) -> Image.Image:
     return stamp.crop(stamp.getchannel("A").getbbox())
 
 
-def all_cases(work: Path, training_seed: int) -> Sequence[Case]:
-    return [*mark_cases(work, training_seed), *background_cases(work, training_seed)]
+def all_cases(work: Path, networks: Sequence[str], training_seed: int) -> Sequence[Case]:
+    """Return the cases of some networks; the small ones were trained by this seed."""
+    return [
+        *mark_cases(work, networks, training_seed),
+        *background_cases(work, networks, training_seed),
+    ]
