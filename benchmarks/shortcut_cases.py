@@ -119,12 +119,12 @@ def mark_cases(work: Path, networks: Sequence[str], training_seed: int) -> list[
     for row in rows:
         if not row["took"] or row["kind"] not in REGION or row["network"] not in networks:
             continue
-        if row["network"] != "efficientnet" and row["training_seed"] != training_seed:
+        if row["network"] != "efficientnet" and row.get("training_seed", 0) != training_seed:
             continue
         same = [c for c in found if (c.network, c.kind) == (row["network"], row["kind"])]
         if len(same) == PER_CELL:
             continue
-        trained = (row["network"], row["training_seed"])
+        trained = (row["network"], row.get("training_seed", 0))
         if trained not in scenes:
             scenes[trained] = faults.scene(row["network"], work, training_seed=trained[1])
         where = scenes[trained]
