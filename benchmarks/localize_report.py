@@ -9,7 +9,7 @@ from typing import Any
 
 import faults
 import numpy as np
-from results_file import RESULTS, configuration, print_table, read_rows, write_results
+from results_file import configuration, print_table, read_rows, write_results
 from scipy.optimize import minimize
 
 from audit.verdict import BLAME_LEVEL, FLAG_THRESHOLD, ONSET_THRESHOLD
