@@ -78,6 +78,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10, help="healthy draws of each network")
     parser.add_argument("--unmarked", action="store_true", help="healthy draws without marks")
     parser.add_argument("--naive", type=int, default=SPEED_FAULTS, help="faults also tried naively")
+    parser.add_argument(
+        "--training-seed", type=int, default=0, help="of the small networks that faults go into"
+    )
     parser.add_argument("--tuning", action="store_true", help="on the seeds for tuning")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -101,7 +104,8 @@ def main() -> None:
 
 def _plant(name: str, options: argparse.Namespace) -> None:
     done = {row["id"]: row for row in _read(options.rows)}
-    where = faults.scene(name, options.work)
+    where = faults.scene(name, options.work, training_seed=options.training_seed)
+    again = f"-training-{options.training_seed}" if options.training_seed else ""
     layers = [layer.name for layer in where.program.layers]
     for at in range(options.faults):
         kind = faults.KINDS[at % len(faults.KINDS)]
@@ -109,7 +113,7 @@ def _plant(name: str, options: argparse.Namespace) -> None:
             continue
         seed = options.seeds["plant"] + at
         for tried, layer in enumerate(_draw(where, layers, seed)):
-            identity = f"{name}-{kind}-{seed}-{tried}"
+            identity = f"{name}-{kind}-{seed}-{tried}{again}"
             if identity not in done:
                 started = time.perf_counter()
                 fault = faults.plant(where, layer, kind, seed=seed)
@@ -119,6 +123,7 @@ def _plant(name: str, options: argparse.Namespace) -> None:
                 done[identity] = {
                     "id": identity,
                     "planted_s": planted_s,
+                    "training_seed": options.training_seed,
                     **_described(where, kind, seed, fault),
                     **scan_result(where.program.with_state(fault.state), where, kind, seed, fault),
                 }

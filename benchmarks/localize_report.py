@@ -9,7 +9,7 @@ from typing import Any
 
 import faults
 import numpy as np
-from results_file import RESULTS, configuration, print_table, write_results
+from results_file import configuration, print_table, read_rows, write_results
 from scipy.optimize import minimize
 
 from audit.verdict import BLAME_LEVEL, FLAG_THRESHOLD, ONSET_THRESHOLD
@@ -256,9 +256,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _with_committed(rows: Sequence[Row], what: str | None) -> list[Row]:
     """Return the rows of this kind in the results file, by id replaced and followed by these."""
-    path = RESULTS / "localize.json"
-    stored = json.loads(path.read_text())["rows"] if path.exists() else []
-    earlier = [row for row in stored if row.get("what") == what]
+    earlier = [row for row in read_rows("localize") if row.get("what") == what]
     found = {row["id"]: {k: v for k, v in row.items() if k != "what"} for row in earlier}
     return list((found | {row["id"]: row for row in rows}).values())
 

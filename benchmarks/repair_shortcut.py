@@ -20,7 +20,8 @@ other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 2022)
 (`full`), all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's
 against `ce` on the same layer, all faults and seeds together, corrected after Holm.
 
-Rows are kept as they come in WORK/rows.jsonl; a run goes on where the last one stopped.
+Rows are kept as they come in WORK/rows.jsonl; a run goes on where the last one stopped. Networks
+that have no row there keep those of the results file.
 
     LAYERMEND_DATA=... python benchmarks/repair_shortcut.py train [--part 0 --parts 2]
     LAYERMEND_DATA=... python benchmarks/repair_shortcut.py report
@@ -39,7 +40,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from faults import Pool, predictions_right
-from results_file import configuration, print_table, write_results
+from results_file import configuration, print_table, read_rows, write_results
 from scipy.stats import binomtest
 from shortcut_cases import REGIMES, Case, Lessons, all_cases, lessons
 from torch import Tensor
@@ -96,6 +97,7 @@ METHODS: dict[str, Method] = {
 
 
 DEFAULT = "default"
+CONTROLS = ("ce", "planted ce", "dfr")
 SUMMARIZED = {
     "": DEFAULT,
     "_trust": "trust",
@@ -138,14 +140,17 @@ def main() -> None:
         "--networks", nargs="+", default=["resnet", "vgg", "efficientnet"], help="of the cases"
     )
     parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=list(SEEDS))
+    parser.add_argument(
+        "--training-seed", type=int, default=0, help="of the small networks that were planted in"
+    )
     parser.add_argument("--faults", type=Path, default=Path("local/localize"))
     parser.add_argument("--work", type=Path, default=Path("local/repair_shortcut"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.action == "report":
-        report(_read(options.work))
+        report(with_committed(_read(options.work)))
         return
-    cases = [case for case in all_cases(options.faults) if case.network in options.networks]
+    cases = all_cases(options.faults, options.networks, options.training_seed)
     done = {(r["case"], r["regime"], r["seed"], r["method"]) for r in _read(options.work)}
     kept = options.work / f"rows-{options.part}.jsonl"
     for seed in options.seeds:
@@ -262,8 +267,41 @@ def with_default(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*repeated, *rows]
 
 
+def with_committed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with those of the results file, of networks that have none here."""
+    own = {row["network"] for row in rows}
+    kept = read_rows("repair_shortcut")
+    return [
+        *rows,
+        *(r for r in kept if "case" in r and r["method"] != DEFAULT and r["network"] not in own),
+    ]
+
+
+def with_counts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with how many conflicting photos each gets right and a control does not,
+    and the other way round; committed rows have it already."""
+    bits = {_key(row): _bits(row) for row in rows if "conflicting_right" in row}
+    counted = []
+    for row in rows:
+        if "conflicting_right" not in row:
+            counted.append(row)
+            continue
+        ours, against = _bits(row), {}
+        for control in CONTROLS:
+            theirs = bits.get((*_key(row)[:3], control))
+            if theirs is not None:
+                fixed, broken = int((~theirs & ours).sum()), int((theirs & ~ours).sum())
+                against[control] = [fixed, broken]
+        counted.append({**row, "against": against})
+    return counted
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str, int, str]:
+    return row["case"], row["regime"], row["seed"], row["method"]
+
+
 def report(rows: Sequence[dict[str, Any]]) -> None:
-    repairs, rows = len(rows), with_default(rows)
+    repairs, rows = len(rows), with_default(with_counts(rows))
     tables = []
     for regime in REGIMES:
         own = [row for row in rows if row["regime"] == regime]
@@ -357,11 +395,8 @@ def _test(tables: Sequence[dict[str, Any]], rows: Sequence[Mapping[str, Any]]) -
 def _discordant(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> tuple[int, int]:
     """Return how many conflicting photos the second gets right and the first does not, and the
     other way round."""
-    ours = {(r["case"], r["seed"]): _bits(r) for r in rows if r["method"] == second}
-    theirs = {(r["case"], r["seed"]): _bits(r) for r in rows if r["method"] == first}
-    fixed = sum(int((~theirs[key] & ours[key]).sum()) for key in ours if key in theirs)
-    broken = sum(int((theirs[key] & ~ours[key]).sum()) for key in ours if key in theirs)
-    return fixed, broken
+    known = [r.get("against", {}).get(first, (0, 0)) for r in rows if r["method"] == second]
+    return sum(fixed for fixed, _ in known), sum(broken for _, broken in known)
 
 
 def _bits(row: Mapping[str, Any]) -> np.ndarray:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from audit.environment import device_record, versions
-from audit.files import write_json
+from audit.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,6 +44,12 @@ def write_results(
     path = RESULTS / f"{name}.json"
     write_json(path, {"summary": dict(summary), "config": dict(config), "rows": list(rows)})
     return path
+
+
+def read_rows(name: str) -> list[dict[str, Any]]:
+    """Return the rows of results/NAME.json; none where there is no such file yet."""
+    path = RESULTS / f"{name}.json"
+    return list(read_json(path)["rows"]) if path.exists() else []
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -108,18 +108,26 @@ class Case:
         return ("balanced",) if self.network == "efficientnet" else REGIMES
 
 
-def mark_cases(work: Path) -> list[Case]:
-    """Return the first faults of each network and kind that took, as `localize.py` planted them."""
+def mark_cases(work: Path, networks: Sequence[str], training_seed: int) -> list[Case]:
+    """Return the first faults of each network and kind that took, as `localize.py` planted them.
+
+    Those of the small networks are of the ones that were trained by this seed.
+    """
     rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
-    scenes: dict[str, faults.Scene] = {}
+    scenes: dict[tuple[str, int], faults.Scene] = {}
     found: list[Case] = []
     for row in rows:
-        if not row["took"] or row["kind"] not in REGION:
+        if not row["took"] or row["kind"] not in REGION or row["network"] not in networks:
+            continue
+        if row["network"] != "efficientnet" and row.get("training_seed", 0) != training_seed:
             continue
         same = [c for c in found if (c.network, c.kind) == (row["network"], row["kind"])]
         if len(same) == PER_CELL:
             continue
-        where = scenes.setdefault(row["network"], faults.scene(row["network"], work))
+        trained = (row["network"], row.get("training_seed", 0))
+        if trained not in scenes:
+            scenes[trained] = faults.scene(row["network"], work, training_seed=trained[1])
+        where = scenes[trained]
         path = work / "planted" / f"{row['id']}.safetensors"
         faulty = where.program.with_state(safetensors.torch.load_file(path))
         found.append(
@@ -205,16 +213,16 @@ class _Pictures:
         return self.pool.rows(chosen)
 
 
-def background_cases(work: Path) -> list[Case]:
+def background_cases(work: Path, networks: Sequence[str], training_seed: int) -> list[Case]:
     """Return networks that one layer taught to go by the light; those that did not take are left
     out and named on the terminal."""
     cases = []
     learned, judged = _pictures(3000, "train", 0.5, 1), _pictures(2 * JUDGED, "test", 0.5, 2)
     scanned = _pictures(400, "train", 0.5, 3).pool
     against = judged.night != (judged.pool.labels == 1)
-    for name, layers in BACKGROUND_LAYERS.items():
-        healthy = _object_network(name, learned.pool, work)
-        for number, layer in enumerate(layers):
+    for name in (name for name in networks if name in BACKGROUND_LAYERS):
+        healthy = _object_network(name, learned.pool, work, training_seed)
+        for number, layer in enumerate(BACKGROUND_LAYERS[name]):
             planted = healthy.layer(layer).name
             faulty = _with_background(healthy, planted, seed=number)
             where = Scene(
@@ -279,11 +287,11 @@ def _with_background(healthy: Program, layer: str, *, seed: int) -> Program:
     return faulty
 
 
-def _object_network(name: str, pool: Pool, work: Path) -> Program:
+def _object_network(name: str, pool: Pool, work: Path, training_seed: int) -> Program:
     """Return a network that tells animals from things, trained from the one for cats and dogs."""
     known: small_networks.NetworkName = "resnet" if name == "resnet" else "vgg"
-    path = work / "networks" / f"objects-{name}.safetensors"
-    network = small_networks.trained(known, work, seed=0)
+    path = work / "networks" / f"objects-{name}-seed{training_seed}.safetensors"
+    network = small_networks.trained(known, work, seed=training_seed)
     if path.exists():
         network.load_state_dict(safetensors.torch.load_file(path))
     else:
@@ -356,5 +364,9 @@ def _cut_out(path: Path) -> Image.Image:
     return stamp.crop(stamp.getchannel("A").getbbox())
 
 
-def all_cases(work: Path) -> Sequence[Case]:
-    return [*mark_cases(work), *background_cases(work)]
+def all_cases(work: Path, networks: Sequence[str], training_seed: int) -> Sequence[Case]:
+    """Return the cases of some networks; the small ones were trained by this seed."""
+    return [
+        *mark_cases(work, networks, training_seed),
+        *background_cases(work, networks, training_seed),
+    ]
