@@ -104,7 +104,7 @@ def test_plain_cross_entropy_takes_the_steps_of_an_ordinary_training_loop(
 
     from .conftest import CONVOLUTIONS, WIDTHS
 
-    config = replace(CONFIG, loss="ce", epochs=1)
+    config = replace(CONFIG, loss="ce", epochs=1, keep="last")
     trained = train(network, crossed, config, on_epoch=None)
     module = SmallVGG(classes=3, widths=WIDTHS, convolutions=CONVOLUTIONS).eval()
     module.load_state_dict(load_file(model_file))
@@ -118,7 +118,6 @@ def test_plain_cross_entropy_takes_the_steps_of_an_ordinary_training_loop(
         optimizer.zero_grad()
         nn.functional.cross_entropy(module(images[rows]), labels[rows]).backward()
         optimizer.step()
-    assert trained.best_epoch == 1
     torch.testing.assert_close(
         trained.parameters[f"{DAMAGED}.weight"], layer.weight.detach(), rtol=1e-4, atol=1e-6
     )
