@@ -214,7 +214,7 @@ def _verdict_sentence(files: _Files) -> str:
         case "localized":
             layers = pd.read_parquet(files.run / "layers.parquet").set_index("name")
             alias = layers.loc[names[0], "alias"]
-            title = names[0] if alias in (None, names[0]) else f"{alias} ({names[0]})"
+            title = names[0] if alias in (None, "", names[0]) else f"{alias} ({names[0]})"
             return f"One layer stands out: {title}."
     return "No layer stands out."
 
