@@ -302,7 +302,7 @@ def _compared(visitor: Visitor, files: _Files) -> Taken:
         ("Label", row.label_name),
         ("Says after", row.predicted_after_name),
         ("Chance of the label", chance),
-        ("Similarity of maps", f"{row.ssim:.2f}"),
+        ("Similarity of maps", _minus(f"{row.ssim:.2f}")),
     ):
         yield f"{name}, of one image", f"{name} {value}" in facts, True
 
