@@ -18,6 +18,7 @@ from urllib.request import urlopen
 
 import pytest
 
+TIMEOUT_MS = 120_000  # on a machine that has much else to do
 PROJECT = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -66,7 +67,7 @@ class Visitor:
 
     def __init__(self, context: Any) -> None:
         self.tab = context.new_page()
-        self.tab.set_default_timeout(60_000)
+        self.tab.set_default_timeout(TIMEOUT_MS)
         self.problems: list[str] = []
         self.tab.on("dialog", self._on_dialog)
         self.tab.on("request", self._on_request)
@@ -95,7 +96,7 @@ class Visitor:
         self.tab.wait_for_url(f"**/{page.lower()}**")
         self.wait()
 
-    def see(self, text: str | re.Pattern[str], timeout_ms: float = 60_000) -> None:
+    def see(self, text: str | re.Pattern[str], timeout_ms: float = TIMEOUT_MS) -> None:
         self.tab.get_by_text(text).first.wait_for(timeout=timeout_ms)
 
     def choose(self, label: str, option: str) -> None:

@@ -490,10 +490,12 @@ def _vote(visitor: Visitor, link: str, rater: int) -> list[str]:
         visitor.see(re.compile(rf"^{place} of \d+ answered"))
         visitor.wait()  # the buttons of the question before are gone
         answer = _answer_to(visitor, rater, place)
+        button = tab.get_by_role("button", name=ANSWERS[answer])
+        button.wait_for()  # before it is there, nothing listens to its key
         if rater:
             tab.keyboard.press(str(1 + list(ANSWERS).index(answer)))
         else:
-            tab.get_by_role("button", name=ANSWERS[answer]).click()
+            button.click()
         given.append(answer)
     visitor.see(re.compile(rf"^{VOTES_EACH} of \d+ answered"))
     return given
