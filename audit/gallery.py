@@ -20,7 +20,7 @@ import numpy as np
 
 from audit.errors import RunError
 from audit.runs import RepairFolder, Run
-from audit.wording import number, percent
+from audit.wording import fixed, percent
 
 __all__ = [
     "Card",
@@ -192,7 +192,7 @@ def image_facts(entry: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if entry.get("case") is not None:
         yield "Case", _changed(entry, "case", str)
     if entry.get("ssim") is not None:
-        yield "Similarity of maps", number(entry["ssim"], 2)
+        yield "Similarity of maps", fixed(entry["ssim"])
 
 
 # --- pieces ---------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ __all__ = [
     "count",
     "decision_headline",
     "export_headline",
+    "fixed",
     "layer_title",
     "method_title",
     "model_title",
@@ -81,6 +82,11 @@ def number(value: Any, digits: int = 3) -> str:
     if value and abs(value) < 10**-digits:
         return f"{value:.1e}"
     return _minus(value, digits)
+
+
+def fixed(value: Any, digits: int = 2) -> str:
+    """Return `0.12`, and `0.00` for next to nothing: for scores whose scale everybody knows."""
+    return NOT_THERE if _absent(value) else _minus(float(value), digits)
 
 
 def count(value: Any, noun: str = "") -> str:

@@ -57,10 +57,10 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=DATABASES)
     parser.add_argument("--work", type=Path, default=Path("local/study_load"))
-    parser.add_argument("--serve", nargs=3, metavar=("URL", "STUDY", "PORT"), help="(internal)")
+    parser.add_argument("--serve", type=json.loads, metavar="[URL, STUDY, PORT]", help="(internal)")
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve[0], options.serve[1], int(options.serve[2]))
+        serve(*options.serve)
         return
     for database in DATABASES if options.only is None else (options.only,):
         for kind in PASSES:
@@ -284,7 +284,8 @@ class Servers:
         self._processes[place] = self._start(self.ports[place])
 
     def _start(self, port: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, __file__, "--serve", self._url, self._study_id, str(port)]
+        told = json.dumps([self._url, self._study_id, port])  # an ID may begin with a dash
+        command = [sys.executable, __file__, "--serve", told]
         return subprocess.Popen(command)
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "selected",
 ]
 
+LAYER_SHOWN = 20  # letters
 _CHOICE = "layermend_choice"
 
 
@@ -170,8 +171,17 @@ def _run_label(run: Run) -> str:
 
 def _repair_labels(repair: RepairFolder) -> list[str]:
     """Return a short label, and one that holds the time too."""
-    label = f"{repair.info.get('alias') or repair.layer}, {repair.decision or repair.status}"
+    layer = _tail(str(repair.info.get("alias") or repair.layer))
+    label = f"{layer}, {repair.decision or repair.status}"
     return [label, f"{label}, {_short(repair.created_utc)}"]
+
+
+def _tail(layer: str) -> str:
+    """Return the end of a layer's path, as much as the sidebar holds beside the decision."""
+    parts = layer.split(".")
+    while len(parts) > 1 and len(".".join(parts)) > LAYER_SHOWN:
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 def _distinct(labels: dict[str, list[str]]) -> dict[str, str]:

@@ -3,7 +3,8 @@
 A vote that `VoteStore.record` has acknowledged is committed and flushed: SQLite writes ahead with
 `synchronous=FULL`, PostgreSQL commits synchronously. The primary key (study, rater, item, task)
 lets nobody vote twice, however often a page sends an answer; the first one stays. Several processes
-may write at once.
+may write at once; with SQLite, votes that wait for each other are committed together
+(`shared_writes`).
 
 Of a rater's link only the SHA-256 of its token is kept. Run folders are copied and mailed, and a
 token is worth a rater's votes; 256 random bits need no salt. The price is that a link is shown
@@ -17,7 +18,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -41,6 +42,7 @@ from dashboard.study.design import (
     Task,
     answer_meaning,
 )
+from dashboard.study.shared_writes import SharedWrites, turn_among_processes
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL, Connection, CursorResult, Engine
@@ -185,6 +187,8 @@ class VoteStore:
         parsed = _parsed(url)
         self.place = parsed.render_as_string(hide_password=True)
         self._sqlite = parsed.get_backend_name() == "sqlite"
+        self._folder = Path(parsed.database or "").parent  # of an SQLite file
+        self._shared = SharedWrites(self._write)
         with self._problems():
             self._engine = _engine(parsed)
             self._prepare()
@@ -333,6 +337,8 @@ class VoteStore:
             insert = insert.on_conflict_do_update(index_elements=list(key), set_=changes)
         else:
             insert = insert.on_conflict_do_nothing(index_elements=list(key))
+        if self._sqlite:
+            return self._shared.execute(insert) == 1
         with self._write() as connection:
             return _changed(connection.execute(insert)) == 1
 
@@ -358,10 +364,14 @@ class VoteStore:
     @contextmanager
     def _write(self) -> Iterator[Connection]:
         """Yield a transaction that is on the disk when the block is left."""
-        with self._problems(), self._engine.begin() as connection:
-            if not self._sqlite:  # a server may be set up to answer before it has flushed
-                connection.execute(sa.text("SET LOCAL synchronous_commit TO on"))
-            yield connection
+        with self._problems(), self._engine.connect() as connection:
+            # Connected first: where others wait too, none is the last to close the file, which
+            # would write everything back into it, vote by vote.
+            turn = turn_among_processes(self._folder) if self._sqlite else nullcontext()
+            with turn, connection.begin():
+                if not self._sqlite:  # a server may be set up to answer before it has flushed
+                    connection.execute(sa.text("SET LOCAL synchronous_commit TO on"))
+                yield connection
 
     @contextmanager
     def _problems(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from audit.statistics import Interval
-from audit.wording import count, number, p_value, percent, points, span
+from audit.wording import count, fixed, number, p_value, percent, points, span
 from dashboard.study.design import BACKGROUND, LEVELS, Question
 from dashboard.study.results import PREFERENCES, RaterSummary
 
@@ -103,7 +103,7 @@ def agreement_rows(found: Mapping[str, Interval]) -> list[dict[str, str]]:
     return [
         {
             "Question": TASK_NAMES[task],
-            "Krippendorff's alpha": number(alpha.value, 2),
+            "Krippendorff's alpha": fixed(alpha.value),
             "95 %": span(alpha.as_dict(), "number"),
         }
         for task, alpha in found.items()
@@ -114,7 +114,7 @@ def background_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return [
         {
             "Experience with": BACKGROUND_NAMES[row["question"]],
-            "Rank correlation": number(row["rho"], 2),
+            "Rank correlation": fixed(row["rho"]),
             "p": p_value(row["p_value"]),
             "p, after Holm": p_value(row["p_adjusted"]),
             "Test": "every order" if row["exact"] else "20,000 orders drawn",

@@ -12,6 +12,7 @@ from audit.wording import (
     count,
     decision_headline,
     export_headline,
+    fixed,
     layer_title,
     model_title,
     moment,
@@ -42,6 +43,9 @@ NBSP, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
         (number(1.25e-7), "1.2e-07"),
         (number(0), "0.000"),
         (number(-1.5), f"{MINUS}1.500"),
+        (fixed(0.17251), "0.17"),
+        (fixed(8.3e-5), "0.00"),
+        (fixed(-0.0213), f"{MINUS}0.02"),
         (count(1797, "images"), "1,797 images"),
         (count(1, "images"), "1 image"),
         (count(0, "images"), "0 images"),
@@ -66,7 +70,7 @@ def test_numbers_read_as_expected(said: str, expected: str) -> None:
     assert said == expected
 
 
-@pytest.mark.parametrize("say", [percent, points, number, count, p_value, byte_size])
+@pytest.mark.parametrize("say", [percent, points, number, fixed, count, p_value, byte_size])
 def test_a_number_that_is_not_there_is_never_made_up(say) -> None:  # type: ignore[no-untyped-def]
     assert say(None) == say(math.nan) == "n/a"
 

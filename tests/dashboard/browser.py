@@ -18,10 +18,13 @@ from urllib.request import urlopen
 
 import pytest
 
+TIMEOUT_MS = 120_000  # on a machine that has much else to do
 PROJECT = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+# A page that is opened by its own address asks below that first, and is told 404 by Streamlit.
+PROBE = re.compile(r"^http://localhost:\d+/\w+/_stcore/(health|host-config)$")
 LOCAL = ("http://localhost:", "ws://localhost:", "data:", "blob:")
 
 
@@ -64,10 +67,14 @@ class Visitor:
 
     def __init__(self, context: Any) -> None:
         self.tab = context.new_page()
-        self.tab.set_default_timeout(60_000)
+        self.tab.set_default_timeout(TIMEOUT_MS)
         self.problems: list[str] = []
         self.tab.on("dialog", self._on_dialog)
         self.tab.on("request", self._on_request)
+        self.tab.on("requestfailed", self._on_failure)
+        self.tab.on("response", self._on_response)
+        self.tab.on("console", self._on_console)
+        self.tab.on("pageerror", lambda error: self.problems.append(f"a script failed: {error}"))
 
     def open(self, url: str) -> None:
         self.tab.goto(url)
@@ -89,7 +96,7 @@ class Visitor:
         self.tab.wait_for_url(f"**/{page.lower()}**")
         self.wait()
 
-    def see(self, text: str | re.Pattern[str], timeout_ms: float = 60_000) -> None:
+    def see(self, text: str | re.Pattern[str], timeout_ms: float = TIMEOUT_MS) -> None:
         self.tab.get_by_text(text).first.wait_for(timeout=timeout_ms)
 
     def choose(self, label: str, option: str) -> None:
@@ -110,19 +117,38 @@ class Visitor:
         if not request.url.startswith(LOCAL):
             self.problems.append(f"a request to {request.url}")
 
+    def _on_failure(self, request: Any) -> None:
+        # What a page still waits for is dropped when another one is opened; a download is no page.
+        if request.failure != "net::ERR_ABORTED":
+            self.problems.append(f"a request to {request.url} failed: {request.failure}")
+
+    def _on_response(self, response: Any) -> None:
+        if response.status >= 400 and not PROBE.search(response.url):
+            self.problems.append(f"{response.url} answered {response.status}")
+
+    def _on_console(self, message: Any) -> None:
+        if message.type == "error" and not PROBE.search(message.location.get("url", "")):
+            self.problems.append(f"the console: {message.text}")
+
 
 @contextlib.contextmanager
-def visiting() -> Iterator[Visitor]:
-    """Yield a tab of a Chromium with an empty profile; fail on what a page must never do."""
+def browsing() -> Iterator[Visitor]:
+    """Yield a tab of a Chromium with an empty profile."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
         context = browser.new_context(viewport={"width": 1440, "height": 1000})
-        visitor = Visitor(context)
         try:
-            yield visitor
+            yield Visitor(context)
         finally:
             context.close()
             browser.close()
-    assert not visitor.problems
+
+
+@contextlib.contextmanager
+def visiting() -> Iterator[Visitor]:
+    """Yield a tab as `browsing` does; fail on what a page must never do."""
+    with browsing() as visitor:
+        yield visitor
+    assert visitor.problems == []

@@ -8,7 +8,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from audit.errors import UsageError, VotesError
 from audit.runs import start_run
 from dashboard.study import VOTES_VARIABLE
 from dashboard.study.design import BACKGROUND, questions
-from dashboard.study.store import Study, VoteStore, check_url, find_study, store_of
+from dashboard.study.store import Rater, Study, VoteStore, check_url, find_study, store_of
 from tests.dashboard.study_material import design, side_of
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -147,6 +149,69 @@ def test_no_vote_is_lost_or_doubled_among_processes_one_of_which_is_killed(tmp_p
     assert acknowledged <= set(kept)
     assert sqlite3.connect(tmp_path / "votes.sqlite").execute("PRAGMA integrity_check").fetchone()
     store.close()
+
+
+def test_votes_that_wait_are_committed_together(store: VoteStore) -> None:
+    study, _ = _study(store, raters=6)
+    commits: list[object] = []
+    sa.event.listen(store._engine, "commit", commits.append)
+    with ThreadPoolExecutor(6) as pool:
+        with store._shared._turn:  # somebody is writing
+            told = [pool.submit(_first_vote, store, study, rater) for rater in range(6)]
+            _await(lambda: len(store._shared._waiting) == 6)
+            assert not any(future.done() for future in told) and store.votes(study.id) == []
+        assert all(future.result() for future in told)
+    assert sorted(vote.rater for vote in store.votes(study.id)) == list(range(6))
+    assert len(commits) == 1
+
+
+def test_a_vote_that_is_refused_takes_none_of_the_others_with_it(store: VoteStore) -> None:
+    study, _ = _study(store, raters=2)
+    with ThreadPoolExecutor(3) as pool:
+        with store._shared._turn:
+            told = [pool.submit(_first_vote, store, study, rater) for rater in (0, 9, 1)]
+            _await(lambda: len(store._shared._waiting) == 3)
+        assert told[0].result() and told[2].result()
+        with pytest.raises(sa.exc.IntegrityError, match="FOREIGN KEY"):
+            told[1].result()
+    assert sorted(vote.rater for vote in store.votes(study.id)) == [0, 1]
+
+
+def test_a_writer_waits_for_its_turn_among_processes(store: VoteStore, tmp_path: Path) -> None:
+    study, _ = _study(store)
+    hold = (
+        "import fcntl, os, sys\n"
+        "lock = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert other.stdin is not None and other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        told = pool.submit(_first_vote, store, study, 0)
+        _await(lambda: store._shared._turn.locked())
+        assert not wait([told], timeout=0.3).done
+        other.stdin.close()
+        assert told.result()
+    assert len(store.votes(study.id)) == 1
+
+
+def _first_vote(store: VoteStore, study: Study, number: int) -> bool:
+    rater = Rater(study=study.id, number=number, background=None)
+    return store.record(rater, questions(study.design, number)[0], "cant")
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within half a minute")
 
 
 def _voter(url: str, study_id: str, raters: str) -> subprocess.Popen[str]:
