@@ -81,20 +81,22 @@ def model_file(photos: Path, card: ModelCard, tmp_path_factory: pytest.TempPathF
     """A network that learned the shapes, with noise in one of its layers afterwards."""
     folder = open_image_folder(photos, CLASSES)
     batch = load_pixels(folder, folder.positions("train"), card.preprocessing)
-    images = (batch.pixels / 255 - 0.5) / 0.25
+    # In double precision, so that it is the same network on every machine.
+    images = (batch.pixels.double() / 255 - 0.5) / 0.25
     labels = torch.tensor([folder.records[i].label for i in batch.indices.tolist()])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = SmallVGG(classes=3, widths=WIDTHS, convolutions=CONVOLUTIONS)
+        network = SmallVGG(classes=3, widths=WIDTHS, convolutions=CONVOLUTIONS).double()
         optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
         for _ in range(60):
             loss = nn.functional.cross_entropy(network(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        weight = network.get_submodule(DAMAGED).weight
+        weight = network.float().get_submodule(DAMAGED).weight
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(19))
         with torch.no_grad():
-            weight += 0.6 * weight.std() * torch.randn_like(weight)
+            weight += weight.std() * noise
     path = tmp_path_factory.mktemp("model") / "shapes.safetensors"
     save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
     write_card(card, path.with_suffix(".toml"))

@@ -22,7 +22,7 @@ from repair.training import predict, train_layer
 from .conftest import DAMAGED
 
 TOLD = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
-CONFIG = RepairConfig(epochs=2, learning_rate=0.05, batch_size=32)
+CONFIG = RepairConfig(epochs=2, learning_rate=0.01, batch_size=32)
 SETTINGS: dict[str, dict[str, Any]] = {
     "the loss": {"loss": "trust"},
     "plain cross entropy": {"loss": "ce"},

@@ -17,6 +17,7 @@ from audit.errors import UsageError
 from audit.networks.program import Program, Split
 from repair.cache import CrossingBatch
 from repair.config import SCHEDULES, RepairConfig
+from repair.image_masks import ImageMasks
 from repair.training import Trained, train_layer
 
 IMAGES, SIDE = 48, 8
@@ -275,7 +276,8 @@ def test_the_energy_loss_moves_maps_into_the_masks(program: Program, saliency: s
     config = replace(CONFIG, loss="energy", epochs=12, learning_rate=0.01, saliency=saliency)
 
     def outside(weight: float) -> list[float]:
-        trained = train(split, replace(config, weight=weight), masks=masks)
+        allowed = ImageMasks.of_all(masks)
+        trained = train(split, replace(config, weight=weight), masks=allowed)
         return [row["saliency_mean"] for row in trained.history[1:]]
 
     charged, free = outside(5.0), outside(0.0)
@@ -289,11 +291,19 @@ def test_masks_are_brought_to_the_size_of_the_maps_by_area(program: Program) -> 
     split = program.split("second")
     batch = InMemory(split, *pictures()).batch(torch.arange(IMAGES))
     fine = torch.rand(IMAGES, 4 * SIDE, 4 * SIDE, generator=torch.Generator().manual_seed(2))
-    fine[5] = torch.nan
+    known = torch.arange(IMAGES)
+    known[5] = -1
     coarse = fine.unflatten(2, (SIDE, 4)).unflatten(1, (SIDE, 4)).mean(dim=(2, 4))
     config = replace(CONFIG, loss="trust-masks")
     terms = [
-        loss_terms(split, batch, split.parameters, config, config.loss, masks=masks).loss
+        loss_terms(
+            split,
+            batch,
+            split.parameters,
+            config,
+            config.loss,
+            masks=ImageMasks(masks, known),
+        ).loss
         for masks in (fine, coarse)
     ]
     assert terms[0].isfinite().all()
