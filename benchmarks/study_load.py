@@ -377,6 +377,14 @@ def postgresql_database() -> Iterator[tuple[str, Any, str]]:
             time.sleep(0.2)
         raise RuntimeError(f"PostgreSQL does not start: {(folder / 'log').read_text()[-800:]}")
 
+    def start_again() -> subprocess.Popen[bytes]:
+        for _ in range(20):  # a child that was born as it was killed still holds the memory
+            try:
+                return start()
+            except RuntimeError:
+                time.sleep(0.5)
+        return start()
+
     def kill() -> None:
         nonlocal server
         listed = subprocess.run(
@@ -387,7 +395,7 @@ def postgresql_database() -> Iterator[tuple[str, Any, str]]:
             end(process)
         server.wait()
         await_end(children)  # they hold the shared memory, and PostgreSQL will not start beside it
-        server = start()
+        server = start_again()
 
     subprocess.run(
         [
