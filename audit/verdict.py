@@ -128,7 +128,7 @@ def judge(
     changed = origin is not None or any(one.silent_channels >= SILENT_THRESHOLD for one in evidence)
     if (best.gain.value if changed else best.gain.low) <= FLAG_THRESHOLD:
         reason = (
-            f"No layer's trial repair clearly removes more than {FLAG_THRESHOLD:.0%} of the "
+            f"No layer's trial repair clearly removes more than {_share(FLAG_THRESHOLD)} of the "
             f"held-out error; the best, `{best.layer.name}`, removes {_percent(best.gain)}."
         )
         remark = (_drift_reason(origin),) if origin is not None else ()
@@ -156,20 +156,20 @@ def _blame(
     reasons = [_drift_reason(origin)] if origin is not None and is_origin else []
     reasons += _trial_reasons(ranked, first)
     reasons += [
-        f"That repair turns {trial.broken:.1%} of the held-out images that were right wrong."
+        f"That repair gets {100 * trial.broken:.1f} % of the held-out images wrong that were right."
         for trial in ranked
         if trial.layer.name == first and trial.broken > 0
     ]
     reasons += _channel_reasons(first, channel_trials)
     if localized:
         reasons.append(
-            f"It has {shares[first]:.0%} of the blame: so often was such a layer at fault among "
+            f"It has {_share(shares[first])} of the blame: so often was such a layer at fault among "
             "planted faults."
         )
     else:
         reasons.append(
-            f"{len(layers)} of {len(evidence)} layers share {BLAME_LEVEL:.0%} of the blame, "
-            f"`{first}` has {shares[first]:.0%} of it: these images do not say in which of them "
+            f"{len(layers)} of {len(evidence)} layers share {_share(BLAME_LEVEL)} of the blame, "
+            f"`{first}` has {_share(shares[first])} of it: these images do not say in which of them "
             "the fault lies."
         )
     return Verdict(
@@ -234,6 +234,11 @@ def _removes(trial: TrialRepair) -> str:
         f"Retraining `{trial.layer.name}` alone for {trial.steps} steps removes "
         f"{_percent(trial.gain)}"
     )
+
+
+def _share(value: float) -> str:
+    # Planted faults were too few to be surer than that.
+    return "more than 99 %" if value > 0.99 else f"{100 * value:.0f} %"
 
 
 def _percent(interval: Interval) -> str:

@@ -90,7 +90,7 @@ def test_where_drift_sets_in_is_named_before_whatever_layer_repairs_best() -> No
     assert "12.2 times as far" in text  # exp(2.5)
     assert "Retraining `a` alone for 4 steps removes 5 % [5, 5]" in text
     assert "does most in `b`, 43 % [43, 43]" in text
-    assert f"It has {found.confidence:.0%} of the blame" in text
+    assert found.confidence > 0.99 and "It has more than 99 % of the blame" in text
     assert found.numbers["drift_origin"]["layer"] == "a"
     assert found.numbers["best"] == {"layer": "b", **TRIALS[1].gain.as_dict()}
 
@@ -104,7 +104,7 @@ def test_layers_that_share_the_blame_are_spread_most_blamed_first() -> None:
     named = sum(shares[name] for name in found.layers)
     assert named >= BLAME_LEVEL > named - shares[found.layers[-1]]
     text = " ".join(found.reasons)
-    assert f"{len(found.layers)} of 3 layers share 90% of the blame" in text
+    assert f"{len(found.layers)} of 3 layers share 90 % of the blame" in text
     assert found.numbers["blame"] == [{"layer": n, "share": shares[n]} for n in found.layers]
 
 
@@ -112,7 +112,7 @@ def test_a_layer_whose_repair_does_most_is_said_with_the_next_and_what_it_breaks
     text = " ".join(verdict_on().reasons)
     assert "Retraining `b` alone for 4 steps removes 43 % [43, 43] of the held-out error" in text
     assert "the next layer, `c`, removes 40 % [40, 40]" in text
-    assert "turns 2.5% of the held-out images that were right wrong" in text
+    assert "gets 2.5 % of the held-out images wrong that were right" in text
 
 
 def test_without_memory_the_trials_of_channels_decide() -> None:
