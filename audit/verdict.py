@@ -163,14 +163,14 @@ def _blame(
     reasons += _channel_reasons(first, channel_trials)
     if localized:
         reasons.append(
-            f"It has {_share(shares[first])} of the blame: so often was such a layer at fault among "
-            "planted faults."
+            f"It has {_share(shares[first])} of the blame: so often was such a layer at fault "
+            "among planted faults."
         )
     else:
         reasons.append(
             f"{len(layers)} of {len(evidence)} layers share {_share(BLAME_LEVEL)} of the blame, "
-            f"`{first}` has {_share(shares[first])} of it: these images do not say in which of them "
-            "the fault lies."
+            f"`{first}` has {_share(shares[first])} of it: these images do not say in which of "
+            "them the fault lies."
         )
     return Verdict(
         verdict="localized" if localized else "spread",
