@@ -171,7 +171,7 @@ def test_no_gain_anywhere_is_none_and_names_the_best_try() -> None:
     found = verdict_on(trials=[removing("a", -0.2), removing("b", 0.04)])
     assert (found.verdict, found.layers, found.confidence) == ("none", (), None)
     assert len(found.reasons) == 1
-    assert f"more than 10 %" in found.reasons[0]
+    assert "more than 10 %" in found.reasons[0]
     assert "`b`, removes 4 % [4, 4]" in found.reasons[0]
 
 
