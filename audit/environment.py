@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,12 @@ def device_record(device: str) -> dict[str, Any]:
 
 def peak_memory_mib() -> float | None:
     """Return the most memory that this process has held, None where the system does not say."""
+    # getrusage would tell what the process that started this one has held, where that is more.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
     try:
         import resource
     except ImportError:  # not on Windows

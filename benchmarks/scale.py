@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from audit.environment import peak_memory_mib
 from audit.files import write_json
 from audit.networks.small_vgg import SmallVGG
 from audit.runs import list_runs, start_run
@@ -191,7 +191,7 @@ def table(what: str, work: Path) -> dict[str, Any]:
         "rows": 0 if what == "nothing" else MILLION,
         "seconds": time.perf_counter() - started_s,
         "file_mib": size_mib,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "peak_memory_mib": peak_memory_mib(),
     }
 
 
