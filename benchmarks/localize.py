@@ -93,6 +93,7 @@ def main() -> None:
     if options.action == "report":
         localize_report.report(
             _read(options.rows),
+            work=options.work,
             seeds=SEEDS,
             also_seen=ALSO_SEEN,
             tuned_on=TUNING,
