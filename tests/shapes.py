@@ -78,11 +78,10 @@ def trained_network() -> SmallVGG:
 @cache
 def _trained_once() -> SmallVGG:
     pixels, labels = draw(64, seed=100)
-    images, targets = normalized(pixels).double(), torch.from_numpy(labels)
+    images, targets = normalized(pixels), torch.from_numpy(labels)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = SmallVGG(classes=len(CLASSES), widths=_WIDTHS, convolutions=_CONVOLUTIONS)
-        network.double()  # so that it is the same network on every machine
         optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
         for _ in range(60):
             loss = nn.functional.cross_entropy(network(images), targets)
@@ -90,7 +89,7 @@ def _trained_once() -> SmallVGG:
             loss.backward()
             optimizer.step()
     network.zero_grad()
-    return network.float().eval()
+    return network.eval()
 
 
 def damage(network: SmallVGG) -> None:

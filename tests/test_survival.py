@@ -223,6 +223,8 @@ def interrupted_scan(shapes: Shapes, folder: Path) -> tuple[int, str]:
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # What a shell starts in the background ignores interrupts, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert scanning.stderr is not None
     for line in scanning.stderr:
