@@ -202,7 +202,7 @@ def _overview(visitor: Visitor, address: str, files: _Files) -> Taken:
     yield "fixed and broken", shown["McNemar test"][1], f"{fixed} fixed, {broken} broken"
     yield "accuracy of the scan", shown["Accuracy"][0], _percent(files.images.right.mean())
     todo = "Whether to ship it" in tab.inner_text(".lm-banner.lm-open >> nth=0")
-    yield "still to decide: whether to ship it", todo, True
+    yield "still to decide: whether to ship it", todo, not files.exported
 
 
 def _verdict_sentence(files: _Files) -> str:
