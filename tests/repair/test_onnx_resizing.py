@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from audit.errors import UsageError
 from audit.images.decoding import preprocess
 from audit.networks import Network, Preprocessing
+from audit.networks.card import Interpolation
 from repair.onnx_graph import onnx_model
 from repair.onnx_half import to_half
 from repair.onnx_resizing import resized
@@ -31,13 +32,13 @@ SIZES = ((75, 61), (24, 100), (31, 24), (24, 24), (7, 5), (201, 67), (40, 90), (
 
 
 def settings_of(
-    interpolation: str, crop: float = 0.875, size: tuple[int, int] = (24, 24)
+    interpolation: Interpolation, crop: float = 0.875, size: tuple[int, int] = (24, 24)
 ) -> Preprocessing:
     return Preprocessing(
         input_size=size,
         mean=(0.5,) * 3,
         std=(0.25,) * 3,
-        interpolation=interpolation,  # type: ignore[arg-type]
+        interpolation=interpolation,
         crop=crop,
     )
 
@@ -53,7 +54,7 @@ def photo(size: tuple[int, int]) -> np.ndarray:
     ("crop", "input_size"), [(0.875, (24, 24)), (1.0, (24, 24)), (0.9, (31, 20))]
 )
 def test_photographs_are_scaled_and_cut_as_pillow_does_to_the_bit(
-    interpolation: str, crop: float, input_size: tuple[int, int]
+    interpolation: Interpolation, crop: float, input_size: tuple[int, int]
 ) -> None:
     settings = settings_of(interpolation, crop, input_size)
     for size in SIZES:
@@ -65,7 +66,7 @@ def test_photographs_are_scaled_and_cut_as_pillow_does_to_the_bit(
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
-def test_onnxruntime_gives_the_same_bits(interpolation: str) -> None:
+def test_onnxruntime_gives_the_same_bits(interpolation: Interpolation) -> None:
     class Alone(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return resized(images.permute(0, 3, 1, 2), settings)
