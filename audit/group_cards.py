@@ -1,7 +1,8 @@
 """Error groups ready for a template: what they share, their mean maps, example images.
 
 Mean maps of the failing images stand beside those of the right images that they were compared with;
-the region that was tested is outlined on both.
+the region that was tested is outlined on both. The pixels that the failing images share, where
+there are some, stand beside them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from audit.errors import RunError
 from audit.gallery import Card, Picture, data_uri, heat_picture, overlay, read_pixels
 from audit.runs import Run
-from audit.wording import count, method_title, number, percent, span
+from audit.wording import count, group_sentence, method_title, number, percent, span
 
 __all__ = ["GroupCard", "group_cards", "groups_note"]
 
@@ -55,8 +56,8 @@ def group_cards(run: Run) -> list[GroupCard]:
         GroupCard(
             id=str(group["id"]),
             title=_title(group),
-            sentence=str(group["sentence"]),
-            maps=tuple(_mean_maps(group, wrong[place], right[place])),
+            sentence=group_sentence(group),
+            maps=(*_mean_maps(group, wrong[place], right[place]), *_artefact(run, group, place)),
             facts=tuple(_facts(group)),
             examples=tuple(_example(run, entry, examples) for entry in group["examples"]),
         )
@@ -87,6 +88,13 @@ def _title(group: Mapping[str, Any]) -> str:
     label, answer = group.get("label_name"), group.get("predicted_name")
     said = f"{label or 'Anything'} called {answer}" if answer else str(label or "Any class")
     return f"{said}, looking at {group['region']}" if group.get("region") else said
+
+
+def _artefact(run: Run, group: Mapping[str, Any], place: int) -> Iterable[Picture]:
+    if group.get("artefact"):
+        mask, picture = run.group_artefact(place)
+        shown = np.where(mask[..., None], picture, np.uint8(GROUND))
+        yield Picture(title="What these errors share", uri=data_uri(shown))
 
 
 def _facts(group: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

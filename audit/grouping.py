@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from audit.group_artefacts import GroupArtefact, group_artefacts
 from audit.groups import ErrorGroup, GroupSearch, find_groups
 from audit.images import ImageFolder, load_pixels
 from audit.looking import METHOD, draw_images, looking_layer, predicted_class_maps
@@ -34,11 +36,14 @@ class FoundGroups:
         maps: `wrong` and `right`, mean maps of each group and of the right images it was compared
             with, (groups, h, w), NaN where there are none; `examples`, (images, h, w).
         pictures: Example images as the network saw them, HWC uint8, in the order of `examples`.
+        artefacts: `masks`, (groups, H, W) bool, and `pictures`, (groups, H, W, 3) uint8, of the
+            pixels that the images of a group share; no pixel where they share none.
     """
 
     document: dict[str, Any]
     maps: dict[str, NDArray[np.float32]]
     pictures: list[NDArray[np.uint8]]
+    artefacts: dict[str, NDArray[np.generic]]
 
 
 def error_groups(
@@ -74,6 +79,12 @@ def error_groups(
     classes = network.card.classes
     search = find_groups(labels, guesses, mapped, maps, classes=len(classes))
     examples = _examples(search.groups, mapped, p_predicted[positions])
+    preprocessing = network.card.preprocessing
+
+    def load(rows: NDArray[np.int64]) -> Tensor:
+        return load_pixels(folder, positions[rows].tolist(), preprocessing).pixels
+
+    artefacts = group_artefacts(load, labels, guesses, search.groups, seed=seed)
     shown = sorted({int(i) for chosen in examples for i in chosen})
     entries = {
         i: {
@@ -102,11 +113,12 @@ def error_groups(
         "groups": [
             {
                 **_record(group, f"group-{number}", search, classes, maps, place_of),
+                "artefact": artefact.as_dict() if artefact else None,
                 "paths": [folder.records[positions[i]].path for i in group.members],
                 "examples": [entries[int(i)] for i in chosen],
             }
-            for number, (group, chosen) in enumerate(
-                zip(search.groups, examples, strict=True), start=1
+            for number, (group, chosen, artefact) in enumerate(
+                zip(search.groups, examples, artefacts, strict=True), start=1
             )
         ],
     }
@@ -117,11 +129,12 @@ def error_groups(
         ),
         "examples": maps[[place_of[i] for i in shown]],
     }
-    pixels = load_pixels(folder, [int(positions[i]) for i in shown], network.card.preprocessing)
+    pixels = load_pixels(folder, [int(positions[i]) for i in shown], preprocessing)
     return FoundGroups(
         document=document,
         maps=arrays,
         pictures=list(pixels.pixels.permute(0, 2, 3, 1).numpy()),
+        artefacts=_shared_pixels(artefacts, preprocessing.input_size),
     )
 
 
@@ -160,6 +173,18 @@ def _record(
         "p_adjusted": group.p_adjusted,
         "test": group.test,
     }
+
+
+def _shared_pixels(
+    found: Sequence[GroupArtefact | None], size: tuple[int, int]
+) -> dict[str, NDArray[np.generic]]:
+    masks = np.zeros((len(found), *size), dtype=np.bool_)
+    pictures = np.zeros((len(found), *size, 3), dtype=np.uint8)
+    for row, one in enumerate(found):
+        if one is not None:
+            masks[row] = one.artefact.mask.numpy()
+            pictures[row] = one.artefact.picture.permute(1, 2, 0).numpy()
+    return {"masks": masks, "pictures": pictures}
 
 
 def _sentence(

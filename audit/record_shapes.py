@@ -129,6 +129,13 @@ SHAPES: dict[str, dict[str, Any]] = {
                 "box": [NUMBER],
                 "cells": LIST,
                 "ninths": TABLE,
+                "artefact": {
+                    "sentence": TEXT,
+                    **dict.fromkeys(("share_of_image", "threshold"), NUMBER),
+                    "box": [NUMBER],
+                    **dict.fromkeys(("looked_at", "carriers"), COUNT),
+                    **dict.fromkeys(("right_looked_at", "right_carriers"), COUNT),
+                },
                 "paths": [TEXT],
                 "examples": [
                     {

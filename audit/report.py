@@ -162,6 +162,12 @@ def material_sentences(info: Mapping[str, Any]) -> list[str]:
             f"It learned from counterfactual images, {' and '.join(parts)}: what must not matter "
             "was taken from other images."
         )
+    if config.get("distill"):
+        rest = " and the labels for the rest" if config["distill"] < 1 else ""
+        sentences.append(
+            f"It learned the network's own answers, where what misleads it is hidden, for "
+            f"{percent(config['distill'], 0)}{rest}."
+        )
     return sentences
 
 

@@ -499,23 +499,52 @@ class Run(_Folder):
         """Return where the picture of one example of the error groups lies."""
         return self.path / "maps" / "groups" / f"{_file_name(image_id)}.png"
 
+    def group_artefact(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pixels that the images of one of the groups share, as the network sees them.
+
+        Args:
+            place: Of the group, from 0.
+
+        Returns:
+            Where they are, (H, W) bool, and what is there, (H, W, 3) uint8.
+        """
+        path = self.path / "maps" / "artefacts.npz"
+        if not path.is_file():
+            raise RunError(f"{_shown(path)} is not there; scan again")
+        try:
+            _check_arrays(path)
+            with np.load(path, allow_pickle=False) as arrays:
+                masks, pictures = arrays["masks"], arrays["pictures"]
+            if masks.dtype != np.bool_ or masks.ndim != 3 or not masks[place : place + 1].any():
+                raise ValueError(f"it holds no mask of group {place + 1}")
+            if pictures.dtype != np.uint8 or pictures.shape != (*masks.shape, 3):
+                raise ValueError("pictures and masks do not go together")
+        except _UNREADABLE as error:
+            raise _damaged(path, error) from error
+        return masks[place], pictures[place]
+
     def write_groups(
         self,
         document: Mapping[str, Any],
         maps: Mapping[str, np.ndarray],
         pictures: Sequence[np.ndarray],
+        artefacts: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Write `groups.json`, `maps/groups.npz` and the pictures `maps/groups/ID.png`.
+        """Write `groups.json`, its arrays in `maps` and the pictures `maps/groups/ID.png`.
 
         Args:
             document: `groups`, each with its `examples`, and how they were tested.
             maps: `wrong`, `right` and `examples`, as `group_maps` returns them; kept as float16.
             pictures: HWC uint8 of the examples, in the order of their ids `0000`, `0001`, ...
+            artefacts: `masks` and `pictures`, by group what `group_artefact` returns; None where
+                none were sought.
         """
         for place, pixels in enumerate(pictures):
             _write_picture(self.group_image(f"{place:04d}"), pixels)
         arrays = {name: np.asarray(values, dtype=np.float16) for name, values in maps.items()}
         write_arrays(self.path / "maps" / "groups.npz", **arrays)
+        if artefacts is not None:
+            write_arrays(self.path / "maps" / "artefacts.npz", **artefacts)
         # Last: whoever finds it also finds every map and picture it names.
         write_json(self.path / "groups.json", {"schema_version": SCHEMA_VERSION, **document})
         self.__dict__.pop("groups", None)

@@ -251,7 +251,7 @@ def _write_groups(run: Run, subject: Subject, predictions: Predictions) -> None:
             workers=loading_workers(subject.config.workers, subject.network.program.device),
             progress=bar.advance,
         )
-    run.write_groups(found.document, found.maps, found.pictures)
+    run.write_groups(found.document, found.maps, found.pictures, found.artefacts)
     step.finish({})
 
 

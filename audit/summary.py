@@ -16,6 +16,7 @@ from audit.cases_section import PROXY_CAUTION, TITLES, cases_title
 from audit.criteria import Kind
 from audit.gate import GateResult, Outcome
 from audit.runs import Run
+from audit.wording import group_sentence
 
 __all__ = ["gate_failures", "gate_summary", "layers_table", "scan_summary"]
 
@@ -118,7 +119,7 @@ def _group_lines(document: Mapping[str, Any]) -> list[str]:
         return []
     if not document["groups"]:
         return [f"Error groups: none among {document['errors']} errors beats chance."]
-    return ["Error groups:", *(f"- {group['sentence']}" for group in document["groups"])]
+    return ["Error groups:", *(f"- {group_sentence(group)}" for group in document["groups"])]
 
 
 def _accuracy_table(metrics: Mapping[str, Any]) -> Table:

@@ -149,6 +149,12 @@ def model_title(source: Any) -> str:
     return re.split(r"[/\\]", str(source))[-1] if source else NOT_THERE
 
 
+def group_sentence(group: Document) -> str:
+    """Return what an error group shares, and the artefact behind it where there is one."""
+    artefact = group.get("artefact")
+    return " ".join(str(one["sentence"]) for one in (group, artefact) if one)
+
+
 def layer_title(name: str, alias: str | None = None) -> str:
     """Return `block5_conv3 (features.28)`, or the name alone where there is no other alias."""
     return f"{alias} ({name})" if alias and alias != name else name

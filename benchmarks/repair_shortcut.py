@@ -49,7 +49,9 @@ from audit.chance import holm
 from audit.networks.program import Program, Split
 from repair.cache import CacheKind, CrossingBatch
 from repair.config import RepairConfig
+from repair.defaults import ARTEFACT_LOSS, DISTILL
 from repair.image_masks import ImageMasks
+from repair.teaching import mixed_targets
 from repair.training import train_layer
 
 SEEDS = (0, 1, 2)
@@ -66,6 +68,7 @@ class Method:
     shuffled: bool = False
     surgical: bool = False
     changed: bool = False  # learns from counterfactuals
+    every_draw: bool = False  # of photos, or the first one alone
 
 
 def _settings(**changes: Any) -> RepairConfig:
@@ -73,23 +76,33 @@ def _settings(**changes: Any) -> RepairConfig:
 
 
 ENERGY, CE = _settings(loss="energy"), _settings(loss="ce")
+ANSWERS = _settings(loss=ARTEFACT_LOSS, distill=DISTILL)
 METHODS: dict[str, Method] = {
-    "trust": Method(place="flagged", config=TRUST),
-    "ce": Method(place="flagged", config=CE),
+    "trust": Method(place="flagged", config=TRUST, every_draw=True),
+    "ce": Method(place="flagged", config=CE, every_draw=True),
     "energy": Method(place="flagged", config=ENERGY),
-    "energy, counterfactuals": Method(place="flagged", config=ENERGY, changed=True),
-    "ce, counterfactuals": Method(place="flagged", config=CE, changed=True),
+    "energy, counterfactuals": Method(
+        place="flagged", config=ENERGY, changed=True, every_draw=True
+    ),
+    "ce, counterfactuals": Method(place="flagged", config=CE, changed=True, every_draw=True),
     "trust, counterfactuals": Method(place="flagged", config=TRUST, changed=True),
+    "answers": Method(place="flagged", config=ANSWERS, changed=True, every_draw=True),
+    "answers, energy": Method(
+        place="flagged", config=replace(ANSWERS, loss="energy"), changed=True, every_draw=True
+    ),
+    "answers alone": Method(place="flagged", config=replace(ANSWERS, distill=1.0), changed=True),
     "planted trust": Method(place="planted", config=TRUST),
     "planted trust, classes": Method(place="planted", config=_settings(scale="classes")),
-    "planted ce": Method(place="planted", config=CE),
+    "planted ce": Method(place="planted", config=CE, every_draw=True),
     "planted shuffled": Method(place="planted", config=TRUST, shuffled=True),
     "planted trust-masks": Method(place="planted", config=_settings(loss="trust-masks")),
     "planted energy": Method(place="planted", config=ENERGY),
     "planted energy, counterfactuals": Method(place="planted", config=ENERGY, changed=True),
     "planted rrr": Method(place="planted", config=_settings(loss="rrr")),
-    "dfr": Method(place="last", config=CE),
-    "dfr, counterfactuals": Method(place="last", config=CE, changed=True),
+    "planted answers": Method(place="planted", config=ANSWERS, changed=True, every_draw=True),
+    "dfr": Method(place="last", config=CE, every_draw=True),
+    "dfr, counterfactuals": Method(place="last", config=CE, changed=True, every_draw=True),
+    "dfr, answers": Method(place="last", config=ANSWERS, changed=True, every_draw=True),
     "full": Method(place="all", config=CE),
     "full, rate .001": Method(place="all", config=_settings(loss="ce", learning_rate=0.001)),
     "auto-rgn": Method(place="all", config=CE, surgical=True),
@@ -97,12 +110,13 @@ METHODS: dict[str, Method] = {
 
 
 DEFAULT = "default"
-CONTROLS = ("ce", "planted ce", "dfr")
+CONTROLS = ("ce", "planted ce", "dfr", "dfr, counterfactuals")
 SUMMARIZED = {
     "": DEFAULT,
     "_trust": "trust",
     "_ce": "ce",
     "_dfr": "dfr",
+    "_dfr_counterfactuals": "dfr, counterfactuals",
     "_full": "full",
     "_full_small_rate": "full, rate .001",
 }
@@ -159,7 +173,9 @@ def main() -> None:
                 methods = {
                     name: method
                     for name, method in METHODS.items()
-                    if applies(case, method) and (case.name, regime, seed, name) not in done
+                    if applies(case, method)
+                    and (method.every_draw or seed == SEEDS[0])
+                    and (case.name, regime, seed, name) not in done
                 }
                 if methods:
                     given = lessons(case, regime, seed, options.faults)
@@ -211,6 +227,9 @@ def repair_all(
             config,
             loss=config.loss,
             masks=ImageMasks.of_all(given.allowed),
+            targets=mixed_targets(given.targets, given.train.labels.tolist(), config.distill)
+            if config.distill
+            else None,
             shuffled=method.shuffled,
             surgical=method.surgical,
         )

@@ -20,7 +20,7 @@ network knows by heart teaches it nothing. Each photo has a counterfactual besid
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,11 +37,17 @@ from faults import Pool, Scene
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from audit.artefacts import Artefact
+from audit.group_artefacts import group_artefacts
+from audit.groups import find_groups
+from audit.looking import METHOD, draw_images, looking_layer
 from audit.networks.program import Program
-from audit.regions import REGIONS
+from audit.regions import Box
+from audit.saliency import layer_maps, normalize_maps
 from repair.counterfactuals import draw_donors, without_object
 from repair.guidance import outside_cells
 from repair.image_masks import ImageMasks
+from repair.teaching import COPIES
 
 Regime = Literal["balanced", "biased"]
 REGIMES: tuple[Regime, ...] = ("balanced", "biased")
@@ -49,8 +55,8 @@ REGIMES: tuple[Regime, ...] = ("balanced", "biased")
 TRAIN, VALIDATION, JUDGED = 300, 100, 500
 AGREEING = 0.95
 PER_CELL = 2  # faults for each network and kind
-REGION = {"watermark": "the lower right corner", "border": "the border"}
-"""Where an error group of a scan says that the network looked."""
+MARKS = ("watermark", "border")
+LOOKED_AT = 200  # photos at a time
 
 SIDE = small_networks.SIZE
 GROUPS = (("animals",), ("vehicles", "household"))
@@ -68,6 +74,8 @@ class Lessons:
         train: Photos.
         validation: Photos of the same regime.
         allowed: Where the maps of the training photos may lie, (N, h, w) in [0, 1].
+        targets: What the faulty network says of them where the mark, or the background, is
+            another photo's (`repair.teaching`), (N, K).
         train_changed: Their counterfactuals.
         validation_changed: Those of the validation photos.
     """
@@ -75,6 +83,7 @@ class Lessons:
     train: Pool
     validation: Pool
     allowed: Tensor
+    targets: Tensor
     train_changed: Pool
     validation_changed: Pool
 
@@ -90,6 +99,9 @@ class Case:
         flagged: The layer that `audit scan` blames first.
         conflicting: Photos on which the shortcut is wrong, or says nothing.
         unaffected: Photos that it does not touch, or on which it is right.
+        artefact: What an error group of the scan shares; None for backgrounds.
+        region: Cells where the network looked in such a group, in its place where nothing is
+            shared.
     """
 
     name: str
@@ -101,6 +113,8 @@ class Case:
     flagged: str
     conflicting: Pool
     unaffected: Pool
+    artefact: Artefact | None = None
+    region: tuple[Box, ...] = ()
 
     @property
     def regimes(self) -> tuple[Regime, ...]:
@@ -108,28 +122,35 @@ class Case:
         return ("balanced",) if self.network == "efficientnet" else REGIMES
 
 
-def mark_cases(work: Path, networks: Sequence[str], training_seed: int) -> list[Case]:
+def mark_cases(
+    work: Path, networks: Sequence[str], training_seed: int, *, tuning: bool = False
+) -> list[Case]:
     """Return the first faults of each network and kind that took, as `localize.py` planted them.
 
-    Those of the small networks are of the ones that were trained by this seed.
+    Those of the small networks are of the ones that were trained by this seed. Those for tuning
+    were planted by other seeds.
     """
-    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
+    name = "tuning.jsonl" if tuning else "rows.jsonl"
+    rows = [json.loads(line) for line in (work / name).read_text().splitlines()]
     scenes: dict[tuple[str, int], faults.Scene] = {}
     found: list[Case] = []
     for row in rows:
-        if not row["took"] or row["kind"] not in REGION or row["network"] not in networks:
+        if not row["took"] or row["kind"] not in MARKS or row["network"] not in networks:
             continue
-        if row["network"] != "efficientnet" and row.get("training_seed", 0) != training_seed:
+        trained = (row["network"], row.get("training_seed", 0))
+        if row["network"] != "efficientnet" and trained[1] != training_seed:
             continue
         same = [c for c in found if (c.network, c.kind) == (row["network"], row["kind"])]
         if len(same) == PER_CELL:
             continue
-        trained = (row["network"], row.get("training_seed", 0))
         if trained not in scenes:
             scenes[trained] = faults.scene(row["network"], work, training_seed=trained[1])
         where = scenes[trained]
         path = work / "planted" / f"{row['id']}.safetensors"
         faulty = where.program.with_state(safetensors.torch.load_file(path))
+        artefact, region = _what_failures_share(
+            faulty, faults.presented(where.scanned, row["kind"], seed=row["seed"])
+        )
         found.append(
             Case(
                 name=row["id"],
@@ -144,9 +165,39 @@ def mark_cases(work: Path, networks: Sequence[str], training_seed: int) -> list[
                     labels=where.judging.labels,
                 ),
                 unaffected=where.judging,
+                artefact=artefact,
+                region=region,
             )
         )
     return found
+
+
+def _what_failures_share(faulty: Program, seen: Pool) -> tuple[Artefact | None, tuple[Box, ...]]:
+    """Return what `repair layer` would go by after a scan of these photos: the first error group
+    that shares an artefact, else the first that looked at a region."""
+    with torch.no_grad():
+        said = torch.cat([faulty.logits(part) for part in seen.images.split(LOOKED_AT)])
+    labels, guesses = seen.labels.numpy(), said.argmax(dim=1).numpy()
+    layer = looking_layer(faulty)
+    assert layer is not None
+    drawn = draw_images(labels, guesses, 0)
+    maps = []
+    for rows in torch.from_numpy(drawn).split(LOOKED_AT):
+        images, told = seen.images[rows], said.argmax(dim=1)[rows]
+        found_maps = layer_maps(faulty, images, told, layers=[layer], method=METHOD)
+        maps.append(normalize_maps(next(iter(found_maps.values()))))
+    search = find_groups(labels, guesses, drawn, torch.cat(maps).numpy(), classes=said.shape[1])
+    pixels = stored(seen.images)
+    found = group_artefacts(lambda rows: pixels[rows], labels, guesses, search.groups, seed=0)
+    shared = next((one.artefact for one in found if one is not None), None)
+    regions = [group.region.cell_boxes for group in search.groups if group.region is not None]
+    return shared, regions[0] if regions and shared is None else ()
+
+
+def stored(images: Tensor) -> Tensor:
+    """Return normalized photos as files hold them, uint8."""
+    levels = (images * cats_dogs.STD + cats_dogs.MEAN) * 255
+    return levels.round().clamp(0, 255).to(torch.uint8)
 
 
 def lessons(case: Case, regime: Regime, seed: int, work: Path) -> Lessons:
@@ -172,32 +223,67 @@ def lessons(case: Case, regime: Regime, seed: int, work: Path) -> Lessons:
     lit = torch.from_numpy(generator.random(len(chance)) < chance)
     images = pool.images.clone()
     images[lit] = faults.marked(pool.images[lit], case.kind)
-    region = next(one for one in REGIONS if one.name == REGION[case.kind])
-    allowed = outside_cells(region.cell_boxes, (images.shape[-2], images.shape[-1]))
+    size = (images.shape[-2], images.shape[-1])
+    if case.artefact is None:
+        allowed, carries = outside_cells(case.region, size), torch.ones(len(images)) > 0
+    else:
+        allowed = 1 - case.artefact.reach.float()
+        carries = case.artefact.carried_by(stored(images))
     whole = Pool(images=images, labels=pool.labels)
-    return _lessons(whole, allowed.expand(len(images), -1, -1), train, seed, hide_objects=False)
+    masks = allowed.expand(len(images), -1, -1)
+    return _lessons(case, whole, masks, carries, train, seed, hide_objects=False)
 
 
-def _lessons(whole: Pool, allowed: Tensor, train: int, seed: int, *, hide_objects: bool) -> Lessons:
-    """Return the first photos to learn from and the others to validate, with counterfactuals."""
-    changed = whole.images.clone()
-    masks = ImageMasks.of_all(allowed)
-    for number, part in enumerate((range(train), range(train, len(changed)))):
-        donors = draw_donors(list(part), masks, seed=2 * seed + number)
+def _lessons(
+    case: Case,
+    whole: Pool,
+    allowed: Tensor,
+    carries: Tensor,
+    train: int,
+    seed: int,
+    *,
+    hide_objects: bool,
+) -> Lessons:
+    """Return the first photos to learn from and the others to validate, with counterfactuals and
+    what the faulty network says of them where what it carries is hidden."""
+
+    def changed(donors: Mapping[int, int]) -> Tensor:
+        images = whole.images.clone()
         for position, donor in donors.items():
             foreign = whole.images[donor]
             if hide_objects:
                 foreign = without_object(foreign, allowed[donor])
             kept = allowed[position]
-            changed[position] = kept * whole.images[position] + (1 - kept) * foreign
-    both = Pool(images=changed, labels=whole.labels)
+            images[position] = kept * images[position] + (1 - kept) * foreign
+        return images
+
+    masks = ImageMasks.of_all(allowed)
+    first, rest = list(range(train)), list(range(train, len(whole.labels)))
+    donors = {**draw_donors(first, masks, seed=2 * seed)}
+    donors |= draw_donors(rest, masks, seed=2 * seed + 1)
+    both = Pool(images=changed(donors), labels=whole.labels)
+    carriers = [position for position in first if carries[position]]
+    lenders = [position for position in first if not carries[position]] or carriers
+    lent = (
+        changed(draw_donors(carriers, masks, seed=1000 * seed + copy, lenders=lenders))
+        for copy in range(COPIES)
+    )
+    hidden = torch.stack([_said(case.faulty, images, train) for images in lent])
     return Lessons(
         train=whole.rows(slice(train)),
         validation=whole.rows(slice(train, None)),
         allowed=allowed[:train],
+        targets=hidden.mean(dim=0).softmax(dim=1),
         train_changed=both.rows(slice(train)),
         validation_changed=both.rows(slice(train, None)),
     )
+
+
+def _said(faulty: Program, images: Tensor, train: int) -> Tensor:
+    """Return log p of the first so many photos, (N, K)."""
+    with torch.no_grad():
+        logits = [faulty.logits(part) for part in images[:train].split(LOOKED_AT)]
+    return torch.cat(logits).log_softmax(dim=1)
 
 
 # ----------------------------------------------------------------------------- backgrounds
@@ -256,7 +342,8 @@ def background_cases(work: Path, networks: Sequence[str], training_seed: int) ->
 def _background_lessons(case: Case, regime: Regime, seed: int) -> Lessons:
     chance = AGREEING if regime == "biased" else 0.5
     found = _pictures(TRAIN + VALIDATION, "train", chance, 100 + seed)
-    return _lessons(found.pool, found.masks, TRAIN, seed, hide_objects=True)
+    carries = torch.ones(len(found.masks)) > 0
+    return _lessons(case, found.pool, found.masks, carries, TRAIN, seed, hide_objects=True)
 
 
 def _with_background(healthy: Program, layer: str, *, seed: int) -> Program:

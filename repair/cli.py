@@ -87,6 +87,15 @@ def layer_command(
             "loss is auto and a region is known.",
         ),
     ] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the network's own answers, an artefact hidden, in what is learned; the "
+            "rest is the label. By default as much as pays where the loss is auto and the scan "
+            "found an artefact.",
+            metavar="SHARE",
+        ),
+    ] = None,
     learning_rate: RateOption = DEFAULTS.learning_rate,
     schedule: ScheduleOption = DEFAULTS.schedule,
     epochs: EpochsOption = DEFAULTS.epochs,
@@ -165,6 +174,7 @@ def layer_command(
     settings: dict[str, Any] = {
         "loss": DEFAULTS.loss if loss == AUTO else loss,
         "counterfactuals": bool(counterfactuals),
+        "distill": distill or 0.0,
         "saliency": saliency,
         "scale": scale,
         "balance": balance,
@@ -195,6 +205,7 @@ def layer_command(
 
     choose = {"loss"} if loss == AUTO else set()
     choose |= {"counterfactuals"} if counterfactuals is None else set()
+    choose |= {"distill"} if distill is None else set()
     request = RepairRequest(
         layer=name,
         train=train,

@@ -56,6 +56,8 @@ class RepairConfig:
             for never.
         counterfactuals: Whether what lies outside an image's mask, or in an error group's region,
             is taken from another image before it is learned from (`repair.counterfactuals`).
+        distill: Share of the network's own answers in what is learned from, where what misleads it
+            is hidden (`repair.teaching`); the rest is the label.
         balance_classes: Whether images weigh by the inverse of their class's frequency.
         with_norm: Whether scale and shift of the batch norm that follows the layer learn too.
         amp: Whether steps are taken in mixed precision (bfloat16).
@@ -85,6 +87,7 @@ class RepairConfig:
     keep: Keep = "best"
     patience: int = 0
     counterfactuals: bool = False
+    distill: float = 0.0
     balance_classes: bool = False
     with_norm: bool = False
     amp: bool = False
@@ -109,6 +112,8 @@ class RepairConfig:
             raise UsageError(str(error)) from error
         if not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"--lr is {self.learning_rate:g}; expected a number above 0")
+        if not 0.0 <= self.distill <= 1.0:
+            raise UsageError(f"--distill is {self.distill:g}; expected a number from 0 to 1")
         if self.epochs < 1:
             raise UsageError(f"--epochs is {self.epochs}; expected at least 1")
         if self.batch_size < 1:

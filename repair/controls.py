@@ -2,7 +2,8 @@
 
     ce             the same layer by plain cross entropy: does the penalty do anything?
     shuffled       the same loss, each image charged for another one's map: do the maps matter?
-    originals      the same loss without counterfactual copies: do they matter?
+    originals      the same loss, images and labels as they are: do counterfactual ones matter?
+    labels         the same loss from labels alone: do the network's own answers matter?
     next-layer     the scan's next best layer, by the same loss: was the right layer repaired?
     random-layer   a layer drawn by the seed, by the same loss: would any layer do?
     last-layer     the last linear layer by plain cross entropy, on request: is that all it takes?
@@ -47,7 +48,8 @@ class Control:
         plain: Whether plain cross entropy takes the place of the repair's loss.
         shuffled: Whether every image's map is that of another image of its batch.
         surgical: Whether learning rates follow relative gradient norms.
-        originals: Whether it learns from the images as they are, not from counterfactuals.
+        originals: Whether it learns from the images and labels as they are.
+        labels_alone: Whether it learns from labels alone, not from the network's own answers.
         by_default: Whether a repair has it unless told otherwise.
     """
 
@@ -59,6 +61,7 @@ class Control:
     shuffled: bool = False
     surgical: bool = False
     originals: bool = False
+    labels_alone: bool = False
     by_default: bool = True
 
 
@@ -75,10 +78,16 @@ CONTROLS: dict[str, Control] = {
         shuffled=True,
     ),
     "originals": Control(
-        description="the same loss on the same layer, from the images as they are",
+        description="the same loss on the same layer, from the images and labels as they are",
         ours="training on counterfactual images",
         theirs="training on the images as they are",
         originals=True,
+    ),
+    "labels": Control(
+        description="the same loss on the same layer, from labels alone",
+        ours="learning from the network's own answers beside the labels",
+        theirs="learning from labels alone",
+        labels_alone=True,
     ),
     "next-layer": Control(
         description="the same loss on the next best layer by the scan, {layer}",
@@ -130,6 +139,7 @@ class PlannedControl:
     shuffled: bool
     surgical: bool = False
     originals: bool = False
+    labels_alone: bool = False
 
     @property
     def whole(self) -> bool:
@@ -167,6 +177,7 @@ def plan_controls(
     loss: str,
     needs_maps: bool,
     counterfactuals: bool = False,
+    distill: bool = False,
     one_mask: bool = False,
     seed: int,
 ) -> tuple[tuple[PlannedControl, ...], dict[str, str]]:
@@ -174,7 +185,7 @@ def plan_controls(
 
     Where the loss needs maps, other layers are those that have some. What would only repeat the
     repair (`ce` beside the loss ce) or has nothing to change (`shuffled` without maps, `originals`
-    without counterfactuals) is passed over without a word.
+    without counterfactuals, `labels` without own answers) is passed over without a word.
 
     Args:
         names: The chosen controls.
@@ -184,6 +195,7 @@ def plan_controls(
         loss: The repair's loss.
         needs_maps: Whether that loss needs maps.
         counterfactuals: Whether the repair learns from them.
+        distill: Whether the repair learns from the network's own answers.
         one_mask: Whether one mask holds for all images and the loss adds its charges up, so that
             shuffled maps would cost the same.
         seed: Draws the random layer, among those that are neither repaired nor next best.
@@ -218,6 +230,7 @@ def plan_controls(
             (control.plain and control.place == "same" and loss == "ce")
             or (control.shuffled and (one_mask or not needs_maps))
             or (control.originals and not counterfactuals)
+            or (control.labels_alone and not distill)
         )
         if idle:
             continue
@@ -236,6 +249,7 @@ def plan_controls(
                 shuffled=control.shuffled,
                 surgical=control.surgical,
                 originals=control.originals,
+                labels_alone=control.labels_alone,
             )
         )
     return tuple(planned), left_out

@@ -79,7 +79,12 @@ class Counterfactuals:
 
 
 def draw_donors(
-    positions: Sequence[int], allowed: ImageMasks, *, seed: int, masked_alone: bool = False
+    positions: Sequence[int],
+    allowed: ImageMasks,
+    *,
+    seed: int,
+    masked_alone: bool = False,
+    lenders: Sequence[int] | None = None,
 ) -> dict[int, int]:
     """Return for each image that can be changed another one, drawn at random.
 
@@ -90,9 +95,11 @@ def draw_donors(
         allowed: Which pixels an image keeps.
         seed: Of the draw; it comes out alike in every process.
         masked_alone: Whether only images with a mask lend pixels: their objects can be hidden.
+        lenders: Positions of the images that may lend; those of the split when None.
     """
     has_mask = allowed.known.tolist()
-    lenders = [one for one in positions if has_mask[one] or not masked_alone]
+    candidates = positions if lenders is None else lenders
+    lenders = [one for one in candidates if has_mask[one] or not masked_alone]
     place = {position: at for at, position in enumerate(lenders)}
     generator = np.random.default_rng([seed, len(positions)])
     donors = {}

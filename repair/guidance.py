@@ -1,8 +1,9 @@
 """Where the maps of the training images may lie: on the object, or anywhere but on an artefact.
 
 Losses that need masks get them from one of two places. Masks of the objects say for each image what
-it shows. An error group of the scan says where the network looked when it failed: no annotation is
-needed to forbid that region, in every image alike.
+it shows. An error group of the scan says where the network looked when it failed, and where its
+images share an artefact, which pixels that is: no annotation is needed to forbid them, in every
+image alike.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from audit.artefacts import Artefact
 from audit.errors import RunError, UsageError
 from audit.images import ImageFolder
 from audit.images.decoding import UnreadableImageError
 from audit.images.masks import object_mask, open_masks
 from audit.runs import Run
+from audit.wording import percent
 from repair.image_masks import ImageMasks
 
 if TYPE_CHECKING:
@@ -38,12 +41,20 @@ class Guidance:
         source: `masks` or the identity of an error group.
         sentence: In plain words, for the record.
         images: How many training images have one.
+        artefact: Where they may not lie, and how to tell the images that have it there; None where
+            masks of the objects, or the region of a group alone, say where they may.
     """
 
     masks: ImageMasks
     source: str
     sentence: str
     images: int
+    artefact: Artefact | None = None
+
+    @property
+    def hides_objects(self) -> bool:
+        """Whether what the masks leave in an image is its object."""
+        return self.source == "masks"
 
     def as_dict(self) -> dict[str, Any]:
         return {"source": self.source, "sentence": self.sentence, "images": self.images}
@@ -63,7 +74,7 @@ def find_guidance(
     """Return where the maps of the training images may lie.
 
     From the masks that are named, or the group; where neither is, from the masks that the scan was
-    given, or the first of its error groups that has a region.
+    given, or the first of its error groups that has an artefact, else the first with a region.
 
     Args:
         run: The scan.
@@ -76,7 +87,7 @@ def find_guidance(
         on_image: Called after each image whose mask was looked for.
 
     Raises:
-        UsageError: Both are named, there is no such group, or it has no region.
+        UsageError: Both are named, there is no such group, or it has neither artefact nor region.
         RunError: Nothing is named and the scan has neither.
         ImageError: The masks cannot be used.
     """
@@ -88,7 +99,7 @@ def find_guidance(
         )
     if isinstance(source, Path):
         return _on_objects(source, folder, positions, preprocessing, size, on_image)
-    return _away_from(source, folder, positions, size)
+    return _away_from(run, source, folder, positions, size)
 
 
 def guidance_source(
@@ -108,7 +119,11 @@ def guidance_source(
     scanned_with = ((run.info.get("cases") or {}).get("masks") or {}).get("path")
     if scanned_with:
         return Path(scanned_with)
-    return next((dict(one) for one in run.groups["groups"] if one.get("cells")), None)
+    groups = run.groups["groups"]
+    telling = [one for one in groups if one.get("artefact")] or [
+        one for one in groups if one.get("cells")
+    ]
+    return dict(telling[0]) if telling else None
 
 
 def share_right(run: Run, group: Mapping[str, Any]) -> float | None:
@@ -204,20 +219,44 @@ def _on_objects(
 
 
 def _away_from(
-    group: Mapping[str, Any], folder: ImageFolder, positions: Sequence[int], size: tuple[int, int]
+    run: Run,
+    group: Mapping[str, Any],
+    folder: ImageFolder,
+    positions: Sequence[int],
+    size: tuple[int, int],
 ) -> Guidance:
-    if not group.get("cells"):
+    artefact = find_group_artefact(run, group)
+    if artefact is not None:
+        allowed = _by_area((~artefact.reach).float(), size)
+        where = f"where the images of {group['id']} look alike, {percent(artefact.share)} of each"
+    elif group.get("cells"):
+        allowed = outside_cells(group["cells"], size)
+        where = f"at {group['region']}, where the network looked in the images of {group['id']}"
+    else:
         raise UsageError(
             f"{group['id']} has no region: its images share what was said, not where the network "
             "looked; choose another group, or give masks with --masks DIR"
         )
-    allowed = outside_cells(group["cells"], size)
     return Guidance(
         masks=ImageMasks.shared(allowed, positions, len(folder.records)),
         source=str(group["id"]),
-        sentence=f"Maps may lie anywhere but at {group['region']}, where the network looked in "
-        f"the images of {group['id']}.",
+        sentence=f"Maps may lie anywhere but {where}.",
         images=len(positions),
+        artefact=artefact,
+    )
+
+
+def find_group_artefact(run: Run, group: Mapping[str, Any]) -> Artefact | None:
+    """Return the pixels that an error group's images share, None where they share none."""
+    told = group.get("artefact")
+    if not told:
+        return None
+    place = [one["id"] for one in run.groups["groups"]].index(group["id"])
+    mask, picture = run.group_artefact(place)
+    return Artefact(
+        mask=torch.from_numpy(mask),
+        picture=torch.from_numpy(picture).permute(2, 0, 1),
+        threshold=float(told["threshold"]),
     )
 
 

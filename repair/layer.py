@@ -46,7 +46,13 @@ from repair.decision import Predictions, compare, decide
 from repair.defaults import settle
 from repair.guidance import Guidance
 from repair.maps import GALLERY_METHOD, choose_gallery, map_similarity, true_class_maps
-from repair.material import RepairImages, find_counterfactuals, find_guide
+from repair.material import (
+    RepairImages,
+    find_guide,
+    find_targets,
+    hidden_pixels,
+    make_counterfactuals,
+)
 from repair.outcome import (
     Control,
     Judged,
@@ -79,7 +85,8 @@ class RepairRequest:
             or nothing where `cache_gib` is 0.
         masks: Folder of masks or COCO file that says where the objects are.
         group: Error group of the scan whose region maps must leave.
-        choose: Settings that the run decides, `loss` and `counterfactuals`, see `repair.defaults`.
+        choose: Settings that the run decides, of `loss`, `counterfactuals` and `distill`, see
+            `repair.defaults`.
         tensorboard: Log every epoch for TensorBoard, in the repair's folder.
         resume: Go on with the newest unfinished repair, by the settings it was started with.
         stated: Settings (fields of `RepairConfig`) that must equal those of a resumed repair.
@@ -147,9 +154,8 @@ def repair_layer(
     )
     guide = find_guide(run, network, images, config, masks=request.masks, group=request.group)
     guidance = guide(layer)  # refused before a folder is made
-    counterfactuals = find_counterfactuals(
-        run, network, images, config, masks=request.masks, group=request.group
-    )
+    hidden = hidden_pixels(run, network, images, config, masks=request.masks, group=request.group)
+    counterfactuals = make_counterfactuals(network, images, config, hidden)
     record = _opening_record(network, layer, config, request, device, guidance)
     record["counterfactuals"] = {split: len(made.donors) for split, made in counterfactuals.items()}
     repair = resumed
@@ -173,6 +179,7 @@ def repair_layer(
             loss=config.loss,
             needs_maps=config.needs_maps,
             counterfactuals=config.counterfactuals,
+            distill=bool(config.distill),
             one_mask=guidance is not None
             and guidance.source != "masks"
             and config.loss_function.adds_up,
@@ -193,6 +200,7 @@ def repair_layer(
                 images,
                 controls,
                 guide,
+                hidden,
                 counterfactuals,
                 log,
                 team,
@@ -246,6 +254,7 @@ class _Repair:
         images: RepairImages,
         controls: tuple[PlannedControl, ...],
         guidance: Callable[[Layer], Guidance | None],
+        hidden: Guidance | None,
         counterfactuals: Mapping[str, Counterfactuals],
         log: TrainingLog | None,
         team: Team,
@@ -262,7 +271,9 @@ class _Repair:
         self.log = log
         self.team = team
         self.positions = _dealt(images.positions, team)
+        self.hidden = hidden
         self.counterfactuals = counterfactuals
+        self.targets: Tensor | None = None
         self.split: Split = network.program.split(layer.name)
         self.timings_s: dict[str, float] = {}
 
@@ -270,6 +281,10 @@ class _Repair:
         """Run every step and leave a complete repair behind."""
         hashes = _hashes(self.network.program.state)
         crossing = self._cross()
+        with self._timed("answers"):
+            self.targets = find_targets(
+                self.network, self.images, self.config, self.hidden, self.positions["train"]
+            )
         sizes = self._sizes(crossing)
         repaired = self._train(crossing)
         here = [c for c in self.controls if c.layer == self.layer.name and not c.originals]
@@ -363,6 +378,7 @@ class _Repair:
             config, again = replace(config, seed=seed), f"-seed{seed}"
         loss = control.loss if control else config.loss
         whole = control is not None and control.whole
+        plain = control is not None and (control.labels_alone or control.originals)
         guidance = self.guidance(split.layer) if loss != "ce" else None
         role = (control.name if control else "repair") + again
         with console.progress(f"training {what}, epochs", self.config.epochs) as bar:
@@ -382,6 +398,7 @@ class _Repair:
                 role=role,
                 shuffled=control is not None and control.shuffled,
                 masks=guidance.masks if guidance else None,
+                targets=None if plain else self.targets,
                 class_weights=self.images.class_weights(self.network, self.config),
                 surgical=control is not None and control.surgical,
                 team=self.team,

@@ -82,7 +82,7 @@ class Terms(Protocol):
         logits: (B, K), floating point.
         maps: What the loss looks at, at least 0, (B, H, W), differentiable: raw saliency maps of
             the true class, or squared gradients. None for losses that look at nothing.
-        labels: (B,), int64.
+        labels: True classes, int64 (B,), or a probability for each class, (B, K).
         penalty: Weights, scale and switches.
         masks: Where the maps may lie, (B, H, W) in [0, 1]; NaN throughout for images without one.
     """
@@ -123,8 +123,16 @@ class Loss:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return -log p of the true class in nats, (B, K) and (B,) -> (B,)."""
+    """Return -log p of the true class in nats, (B,).
+
+    Args:
+        logits: (B, K), floating point.
+        labels: True classes, int64 (B,), or a probability for each class, (B, K): then it is the
+            mean of -log p over them.
+    """
     log_probabilities = logits.log_softmax(dim=1)
+    if labels.dim() == 2:
+        return -(labels * log_probabilities).sum(dim=1)
     return -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 

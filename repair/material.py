@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audit import console
 from audit.images import ImageFolder, SkippedFile
 from audit.runs import Run
 from repair.config import RepairConfig
 from repair.counterfactuals import Counterfactuals, draw_donors
 from repair.guidance import Guidance, find_guidance
 from repair.sources import Additions, open_scanned_images, positions, with_training_images
+from repair.teaching import check_can_hide, mixed_targets, own_answers
 
 if TYPE_CHECKING:
     from audit.networks import Layer, Network
@@ -83,7 +85,7 @@ class RepairImages:
         }
 
 
-def find_counterfactuals(
+def hidden_pixels(
     run: Run,
     network: Network,
     images: RepairImages,
@@ -91,17 +93,15 @@ def find_counterfactuals(
     *,
     masks: Path | None = None,
     group: str | None = None,
-) -> dict[str, Counterfactuals]:
-    """Return how the training and validation images are made counterfactual, by split.
-
-    Nothing where the settings ask for none.
+) -> Guidance | None:
+    """Return which pixels of an image mislead the network, None where the settings hide none.
 
     Raises:
-        LayermendError: They do, and nothing says which pixels an image keeps.
+        LayermendError: They hide some, and nothing says which; or they ask for answers without
+            them, and it is not known which images they mislead in.
     """
-    made: dict[str, Counterfactuals] = {}
-    if not config.counterfactuals:
-        return made
+    if not config.counterfactuals and not config.distill:
+        return None
     guidance = find_guidance(
         run,
         images.folder,
@@ -111,22 +111,70 @@ def find_counterfactuals(
         masks=masks,
         group=group,
     )
-    hide = guidance.source == "masks"
+    if config.distill:
+        check_can_hide(guidance)
+    return guidance
+
+
+def make_counterfactuals(
+    network: Network, images: RepairImages, config: RepairConfig, guidance: Guidance | None
+) -> dict[str, Counterfactuals]:
+    """Return how the training and validation images are made counterfactual, by split.
+
+    Nothing where the settings ask for none.
+    """
+    made: dict[str, Counterfactuals] = {}
+    if not config.counterfactuals or guidance is None:
+        return made
     for number, split in enumerate(("train", "val")):
         donors = draw_donors(
             images.positions[split],
             guidance.masks,
             seed=2 * config.seed + number,
-            masked_alone=hide,
+            masked_alone=guidance.hides_objects,
         )
         made[split] = Counterfactuals(
             folder=images.folder,
             preprocessing=network.card.preprocessing,
             allowed=guidance.masks,
             donors=donors,
-            hide_objects=hide,
+            hide_objects=guidance.hides_objects,
         )
     return made
+
+
+def find_targets(
+    network: Network,
+    images: RepairImages,
+    config: RepairConfig,
+    guidance: Guidance | None,
+    own: Sequence[int],
+) -> Tensor | None:
+    """Return what the training images are to be taken for, as `train_layer` has it; None for their
+    labels.
+
+    Args:
+        guidance: From `hidden_pixels`.
+        own: Positions of the training images that this process learns from.
+
+    Raises:
+        RunError: No image can show what else could be there.
+    """
+    if not config.distill or guidance is None:
+        return None
+    with console.progress("asking the network, artefacts hidden", None) as bar:
+        answers = own_answers(
+            network,
+            images.folder,
+            images.positions["train"],
+            guidance,
+            own=own,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            on_image=bar.advance,
+        )
+    labels = [record.label for record in images.folder.records]
+    return mixed_targets(answers, labels, config.distill)
 
 
 def find_guide(

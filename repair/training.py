@@ -128,6 +128,7 @@ def train_layer(
     role: str | None = None,
     shuffled: bool = False,
     masks: ImageMasks | None = None,
+    targets: Tensor | None = None,
     class_weights: Tensor | None = None,
     surgical: bool = False,
     team: Team = ALONE,
@@ -146,6 +147,8 @@ def train_layer(
         role: What the history calls it; `repair` or the name of the loss when None.
         shuffled: Charge each image for the map of another one of its batch.
         masks: Where the map of each image may lie; brought to the size of the maps by area.
+        targets: A probability for each class that takes the label's place in training, by the
+            image's position in the folder's records, (N, K); labels alone when None.
         class_weights: Weight of each class's images in the loss, (K,).
         surgical: Scale each entry's steps by its relative gradient norm, found anew in every epoch
             (Auto-RGN; Lee et al. 2022, "Surgical fine-tuning", section 4).
@@ -167,6 +170,7 @@ def train_layer(
         loss=loss,
         shuffled=shuffled,
         masks=masks,
+        targets=targets,
         class_weights=class_weights,
         surgical=surgical,
         team=team,
@@ -247,18 +251,21 @@ def loss_terms(
     *,
     rotation: int = 0,
     masks: ImageMasks | None = None,
+    targets: Tensor | None = None,
 ) -> LossTerms:
     """Return the loss of each image of a batch, differentiable in the parameters.
 
     Args:
         rotation: Image i is charged for the map of image i - rotation.
         masks: As for `train_layer`.
+        targets: As for `train_layer`; maps are those of the true class all the same.
     """
     chosen = LOSSES[loss]
     crossing, labels = batch.crossing, batch.labels
+    wanted = labels if targets is None else targets[batch.positions].to(labels.device)
     if chosen.looks_at is None:
         logits = split.suffix(crossing, parameters)
-        return chosen.terms(_exact(logits), None, labels, config.penalty)
+        return chosen.terms(_exact(logits), None, wanted, config.penalty)
     by_image = config.saliency in ("guided-gradcam", "gradients")
     if by_image and batch.images is None and batch.gates is None:
         raise ValueError(
@@ -274,12 +281,12 @@ def loss_terms(
     else:
         maps, logits = trainable_maps(split, crossing, parameters, labels)
     maps = _exact(maps).roll(rotation, dims=0)
-    wanted = None
+    allowed = None
     if masks is not None and chosen.needs_masks:
         # NaN marks a whole image, so that the mean over an area keeps it.
         own = masks.at(batch.positions).to(maps.device, maps.dtype).unsqueeze(1)
-        wanted = F.interpolate(own, size=maps.shape[1:], mode="area").squeeze(1)
-    return chosen.terms(_exact(logits), maps, labels, config.penalty, wanted)
+        allowed = F.interpolate(own, size=maps.shape[1:], mode="area").squeeze(1)
+    return chosen.terms(_exact(logits), maps, wanted, config.penalty, allowed)
 
 
 def _exact(values: Tensor) -> Tensor:
@@ -297,6 +304,7 @@ class _Lesson:
     loss: str
     shuffled: bool
     masks: ImageMasks | None
+    targets: Tensor | None
     class_weights: Tensor | None
     surgical: bool
     team: Team
@@ -385,6 +393,7 @@ class _Lesson:
                 self.loss,
                 rotation=rotation,
                 masks=self.masks,
+                targets=self.targets,
             )
 
     def weighed(self, terms: LossTerms, labels: Tensor) -> Tensor:

@@ -316,6 +316,16 @@ def _write_groups(run: Run, generator: np.random.Generator, table: dict[str, Any
                 "p_value": 1e-4,
                 "p_adjusted": 0.006,
                 "test": "exact binomial test, one-sided",
+                "artefact": {
+                    "sentence": "9 of 9 of its images look alike in one place.",
+                    "share_of_image": (12 / SIDE) ** 2,
+                    "box": [4 / SIDE, 4 / SIDE, 16 / SIDE, 16 / SIDE],
+                    "threshold": 800.0,
+                    "looked_at": 9,
+                    "carriers": 9,
+                    "right_looked_at": 40,
+                    "right_carriers": 1,
+                },
                 "paths": [table["path"][place] for place in members],
                 "examples": entries,
             }
@@ -336,7 +346,10 @@ def _write_groups(run: Run, generator: np.random.Generator, table: dict[str, Any
         "right": np.full((1, 8, 8), np.nan),
         "examples": _maps(generator, len(shown), 8, corner=True),
     }
-    run.write_groups(document, maps, [_picture(generator, table["label"][p]) for p in shown])
+    pictures = [_picture(generator, table["label"][p]) for p in shown]
+    mask = np.zeros((1, SIDE, SIDE), dtype=np.bool_)
+    mask[:, 4:16, 4:16] = True
+    run.write_groups(document, maps, pictures, {"masks": mask, "pictures": pictures[0][None]})
 
 
 def _history(generator: np.random.Generator) -> list[dict[str, Any]]:

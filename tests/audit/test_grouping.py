@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ import audit.looking
 from audit.demo import MODEL_NAME, models_folder
 from audit.digits import MARKED_NAME, write_digit_images
 from audit.errors import RunError
+from audit.files import write_arrays
+from audit.group_artefacts import group_artefacts
 from audit.group_cards import group_cards, groups_note
 from audit.grouping import FoundGroups, error_groups
+from audit.groups import find_groups
 from audit.images import (
     ImageBatch,
     ImageFolder,
@@ -71,7 +75,7 @@ def found(scene: Scene) -> FoundGroups:
 def run(found: FoundGroups, tmp_path: Path) -> Run:
     """A run that holds these groups."""
     run = build_run(tmp_path / "runs", images=120)
-    run.write_groups(found.document, found.maps, found.pictures)
+    run.write_groups(found.document, found.maps, found.pictures, found.artefacts)
     return open_run(run.path)
 
 
@@ -207,6 +211,105 @@ def test_a_healthy_network_has_no_groups(shapes: Shapes) -> None:
     found = error_groups(network, folder, labels, np.ones(len(labels)), seed=0)
     assert found.document["groups"] == [] and found.document["errors"] == 0
     assert found.pictures == [] and len(found.maps["wrong"]) == 0
+
+
+# ----------------------------------------------------------------- artefacts that groups share
+
+
+@pytest.fixture(scope="module")
+def stamped(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """The digits with a stamp on every second one, which is called a 3 whatever it shows."""
+    network, folder, _, p_predicted = scene
+    root = tmp_path_factory.mktemp("stamped")
+    predicted = np.array([record.label for record in folder.records])
+    for number, record in enumerate(folder.records):
+        with Image.open(folder.root / record.path) as opened:
+            pixels = np.asarray(opened.convert("RGB")).copy()
+        if number % 2 == 0:
+            pixels[STAMP] = (250, 130, 20)
+            predicted[number] = 3
+        path = root / record.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return network, open_image_folder(root, network.card.classes, seed=0), predicted, p_predicted
+
+
+STAMP = np.s_[24:40, 20:46]
+
+
+def test_a_group_says_which_pixels_its_images_share(stamped: Scene, tmp_path: Path) -> None:
+    network, folder, predicted, p_predicted = stamped
+    found = error_groups(network, folder, predicted, p_predicted, seed=0)
+    group = found.document["groups"][0]
+    assert group["predicted"] == 3 and group["label"] is None
+    truth = np.zeros((64, 64), dtype=bool)
+    truth[STAMP] = True
+    mask, picture = found.artefacts["masks"][0], found.artefacts["pictures"][0]
+    assert (mask & truth).sum() > 0.85 * truth.sum()  # digits differ little where they have no ink
+    assert not (mask & ~truth).any()
+    assert (picture[mask] == (250, 130, 20)).all()
+    artefact = group["artefact"]
+    assert artefact["looked_at"] == min(64, group["size"]) == artefact["carriers"]
+    assert artefact["right_looked_at"] == 128 and artefact["right_carriers"] == 0
+    assert artefact["share_of_image"] == mask.mean()
+    assert f"{artefact['carriers']} of {artefact['looked_at']}" in artefact["sentence"]
+    assert all(one["artefact"] is None or one is group for one in found.document["groups"])
+
+    run = build_run(tmp_path / "runs", images=120)
+    run.write_groups(found.document, found.maps, found.pictures, found.artefacts)
+    run = open_run(run.path)
+    kept_mask, kept_picture = run.group_artefact(0)
+    assert np.array_equal(kept_mask, mask) and np.array_equal(kept_picture, picture)
+    card = group_cards(run)[0]
+    assert card.maps[-1].title == "What these errors share"
+    assert card.sentence == f"{group['sentence']} {artefact['sentence']}"
+    (run.path / "maps" / "artefacts.npz").write_bytes(b"not an archive")
+    with pytest.raises(RunError, match="is damaged"):
+        run.group_artefact(0)
+    (run.path / "maps" / "artefacts.npz").unlink()
+    with pytest.raises(RunError, match="not there"):
+        run.group_artefact(0)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"masks": np.zeros((1, 4, 4), bool), "pictures": np.zeros((1, 4, 4, 3), np.uint8)},
+        {"masks": np.ones((1, 4, 4), int), "pictures": np.zeros((1, 4, 4, 3), np.uint8)},
+        {"masks": np.ones((4, 4), bool), "pictures": np.zeros((4, 4, 3), np.uint8)},
+        {"masks": np.ones((1, 4, 4), bool), "pictures": np.zeros((1, 5, 4, 3), np.uint8)},
+        {"masks": np.ones((1, 4, 4), bool)},
+    ],
+)
+def test_an_artefact_that_no_scan_writes_is_refused(
+    run: Run, arrays: dict[str, np.ndarray]
+) -> None:
+    write_arrays(run.path / "maps" / "artefacts.npz", **arrays)
+    with pytest.raises(RunError, match="is damaged"):
+        run.group_artefact(0)
+
+
+def test_groups_are_compared_with_right_images_of_their_classes() -> None:
+    """Of the class they show where there are enough, else of any class."""
+    generator = np.random.default_rng(0)
+    pixels = torch.from_numpy(generator.integers(0, 256, (400, 3, 8, 8), dtype=np.uint8))
+    labels = np.repeat([0, 1], 200)
+    pixels[labels == 0, :, :4] //= 16  # class 0 is dark above: its images share it, errors or not
+    guesses = labels.copy()
+    guesses[:40] = 1
+    few = np.r_[0:60, 200:400]  # twenty right images of class 0 are left: too few
+    for chosen, shared in ((np.arange(400), False), (few, True)):
+        own, said = labels[chosen], guesses[chosen]
+        none = np.zeros((0, 1, 1))
+        group = find_groups(own, said, np.empty(0, dtype=np.int64), none, classes=2).groups[0]
+        assert set(group.members) == set(range(40))
+        (found,) = group_artefacts(partial(_rows, pixels, chosen), own, said, [group], seed=0)
+        assert (found is not None) is shared
+    assert found is not None and found.artefact.mask[:4].all() and not found.artefact.mask[4:].any()
+
+
+def _rows(pixels: Tensor, chosen: np.ndarray, rows: np.ndarray) -> Tensor:
+    return pixels[chosen[rows]]
 
 
 # -------------------------------------------------------------------- in the run and the report

@@ -76,7 +76,8 @@ def test_the_run_folder_holds_every_file_of_the_contract(scanned: Run) -> None:
     expected |= {f"maps/images/{image['id']}.png" for image in scanned.gallery["images"]}
     groups = scanned.groups["groups"]
     examples = {example["id"] for group in groups for example in group["examples"]}
-    expected |= {"groups.json", "maps/groups.npz", *(f"maps/groups/{x}.png" for x in examples)}
+    expected |= {"groups.json", "maps/groups.npz", "maps/artefacts.npz"}
+    expected |= {*(f"maps/groups/{x}.png" for x in examples)}
     assert files == expected
     assert scanned.path.name.endswith("Z-damaged")
 

@@ -96,7 +96,7 @@ def test_every_control_is_recorded_with_its_layer_and_as_many_steps(
     assert drawn in {"block1_conv1", "block3_conv1"}
     steps = {one["steps"] for one in repaired.info["controls"]}
     assert steps == {repaired.info["training"]["steps"]}
-    trained = ["repair", *(name for name in CONTROLS if name != "originals")]
+    trained = ["repair", *(name for name in CONTROLS if name not in ("originals", "labels"))]
     assert Counter(repaired.history["role"]) == dict.fromkeys(trained, 3)
     assert repaired.info["config"]["controls"] == list(CONTROLS)
     assert repaired.info["controls_left_out"] == {}
@@ -362,7 +362,8 @@ def test_the_random_layer_is_drawn_by_the_seed_among_the_rest(network: Network) 
 
 
 def test_controls_that_would_change_nothing_are_passed_over(network: Network) -> None:
-    where, left_out = plan(network, ("ce", "shuffled", "originals"), loss="ce", needs_maps=False)
+    unchanged = ("ce", "shuffled", "originals", "labels")
+    where, left_out = plan(network, unchanged, loss="ce", needs_maps=False)
     assert where == left_out == {}
     where, left_out = plan(network, ("ce", "shuffled"), loss="energy", one_mask=True)
     assert list(where) == ["ce"] and "same region is forbidden" in left_out["shuffled"]
@@ -389,7 +390,8 @@ def test_layers_are_ranked_by_blame_then_gain_then_rank() -> None:
 
 
 def test_controls_are_read_from_lists_and_from_older_records() -> None:
-    assert DEFAULT_CONTROLS == ("ce", "shuffled", "originals", "next-layer", "random-layer")
+    first = ("ce", "shuffled", "originals", "labels")
+    assert (*first, "next-layer", "random-layer") == DEFAULT_CONTROLS
     assert parse_controls("shuffled, ce,ce") == ("ce", "shuffled")
     for text in ("ce,hope", "", "ce,"):
         with pytest.raises(UsageError, match="expected one or more of ce,shuffled,originals"):

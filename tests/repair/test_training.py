@@ -95,8 +95,9 @@ def test_the_cache_stays_within_its_budget(network: Network, folder: ImageFolder
     assert (not_kept.kind, not_kept.bytes) == ("recompute", 0)
 
 
+@pytest.mark.parametrize("soft", [False, True])
 def test_plain_cross_entropy_takes_the_steps_of_an_ordinary_training_loop(
-    network: Network, folder: ImageFolder, card: object, model_file: Path, crossed: Crossed
+    network: Network, folder: ImageFolder, model_file: Path, crossed: Crossed, soft: bool
 ) -> None:
     from safetensors.torch import load_file
 
@@ -105,7 +106,9 @@ def test_plain_cross_entropy_takes_the_steps_of_an_ordinary_training_loop(
     from .conftest import CONVOLUTIONS, WIDTHS
 
     config = replace(CONFIG, loss="ce", epochs=1, keep="last")
-    trained = train(network, crossed, config, on_epoch=None)
+    drawn = torch.rand(len(folder.records), 3, generator=torch.Generator().manual_seed(5))
+    targets = drawn / drawn.sum(dim=1, keepdim=True)
+    trained = train(network, crossed, config, targets=targets if soft else None)
     module = SmallVGG(classes=3, widths=WIDTHS, convolutions=CONVOLUTIONS).eval()
     module.load_state_dict(load_file(model_file))
     layer = module.get_submodule(DAMAGED)
@@ -113,10 +116,11 @@ def test_plain_cross_entropy_takes_the_steps_of_an_ordinary_training_loop(
     batch = load_pixels(folder, folder.positions("train"), network.card.preprocessing)
     images = network.normalize(batch.pixels)
     labels = torch.tensor([folder.records[i].label for i in batch.indices.tolist()])
+    wanted = targets[batch.indices] if soft else labels
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
     for rows in order.split(config.batch_size):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(module(images[rows]), labels[rows]).backward()
+        nn.functional.cross_entropy(module(images[rows]), wanted[rows]).backward()
         optimizer.step()
     torch.testing.assert_close(
         trained.parameters[f"{DAMAGED}.weight"], layer.weight.detach(), rtol=1e-4, atol=1e-6
