@@ -228,10 +228,16 @@ def _away_from(
     artefact = find_group_artefact(run, group)
     if artefact is not None:
         allowed = _by_area((~artefact.reach).float(), size)
-        where = f"where the images of {group['id']} look alike, {percent(artefact.share)} of each"
+        sentence = (
+            f"What must not matter is where the images of {group['id']} look alike, "
+            f"{percent(artefact.share)} of each."
+        )
     elif group.get("cells"):
         allowed = outside_cells(group["cells"], size)
-        where = f"at {group['region']}, where the network looked in the images of {group['id']}"
+        sentence = (
+            f"Maps may lie anywhere but at {group['region']}, where the network looked in the "
+            f"images of {group['id']}."
+        )
     else:
         raise UsageError(
             f"{group['id']} has no region: its images share what was said, not where the network "
@@ -240,7 +246,7 @@ def _away_from(
     return Guidance(
         masks=ImageMasks.shared(allowed, positions, len(folder.records)),
         source=str(group["id"]),
-        sentence=f"Maps may lie anywhere but {where}.",
+        sentence=sentence,
         images=len(positions),
         artefact=artefact,
     )

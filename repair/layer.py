@@ -156,7 +156,8 @@ def repair_layer(
     guidance = guide(layer)  # refused before a folder is made
     hidden = hidden_pixels(run, network, images, config, masks=request.masks, group=request.group)
     counterfactuals = make_counterfactuals(network, images, config, hidden)
-    record = _opening_record(network, layer, config, request, device, guidance)
+    told = guidance or hidden
+    record = _opening_record(network, layer, config, request, device, told)
     record["counterfactuals"] = {split: len(made.donors) for split, made in counterfactuals.items()}
     repair = resumed
     if repair is None:
@@ -164,8 +165,8 @@ def repair_layer(
         repair = open_repair(run.path / "repairs" / team.leaders(name))
     if settled is not None:
         console.say(settled)
-    if guidance is not None:
-        console.say(guidance.sentence)
+    if told is not None:
+        console.say(told.sentence)
     if config.with_norm and not network.program.norm_parameters_after(layer.name):
         console.say(f"no batch norm follows {layer.name} alone; --with-norm changes nothing there")
     if resumed is not None and team.leads:
