@@ -7,13 +7,14 @@ has these settings, but for what its name says.
 
     recovered    share of the accuracy on conflicting photos that the shortcut cost and that came
                  back
-    damage       accuracy lost on unaffected photos, in points: against the faulty network, or the
-                 one before the fault where that is less. A background is right in the unaffected
-                 pictures, and what it gave the faulty network there is not the network's own.
+    damage       accuracy lost on unaffected photos against the faulty network, in points. In the
+                 unaffected pictures of backgrounds the shortcut is right, and what it gave the
+                 faulty network there is not the network's own: against the one before the fault,
+                 at least nought
 
 The losses that must know where a map may lie, and counterfactual photos, are told what a user
-could know: for marks what the first error group of a scan shares (`audit.artefacts`), found for each
-fault, in every photo alike; for backgrounds the mask. `trust` is the loss of the paper, bounded.
+could know: for marks what the first error group of a scan shares (`audit.artefacts`), found for
+each fault, in every photo alike; for backgrounds the mask. `trust` is the paper's loss, bounded.
 `answers` is cross entropy on counterfactuals, for four fifths with what the faulty network says
 itself where the mark, or the background, is another photo's (`repair.teaching`). `planted` is the
 layer at fault, the other rows are of the layer that the scan blames first. `default` is what
@@ -25,7 +26,7 @@ and draws together, corrected after Holm. What the table's claims are of is done
 photos, the other losses and controls with the first.
 
 That share, and cross entropy for `energy`, were chosen on faults of other planting seeds (100 to
-126, VGG, draw 10): `--tuning`.
+126, VGG, draw 10).
 
 Rows are kept as they come in WORK/rows.jsonl; a run goes on where the last one stopped. Networks
 that have no row there keep those of the results file.
@@ -259,8 +260,9 @@ def repair_all(
 
 
 def _damage(row: Mapping[str, Any]) -> float:
-    ground = min(row["faulty_unaffected"], row["healthy_unaffected"])
-    return float(round(ground - row["unaffected"], 4))
+    if row["kind"] == "background":
+        return float(round(max(0.0, row["healthy_unaffected"] - row["unaffected"]), 4))
+    return float(round(row["faulty_unaffected"] - row["unaffected"], 4))
 
 
 def layer_of(case: Case, place: Place) -> str:
@@ -353,7 +355,6 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         for name, method in SUMMARIZED.items():
             summary[f"recovered{name}{end}"] = by[regime, "all", method]["recovered"]
             summary[f"damage{name}{end}"] = by[regime, "all", method]["damage"]
-        default = by[regime, "all", DEFAULT]
         for name, control in (("ce", "ce"), ("dfr", "dfr"), ("equal_dfr", "dfr, counterfactuals")):
             fixed, broken = _discordant(
                 [row for row in rows if row["regime"] == regime], control, DEFAULT
@@ -363,10 +364,10 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         own = [r for r in rows if (r["regime"], r["method"]) == (regime, DEFAULT)]
         from_faulty = [row["faulty_unaffected"] - row["unaffected"] for row in own]
         summary[f"damage_from_faulty{end}"] = round(100 * float(np.mean(from_faulty)), 2)
-        marks = [row for row in own if row["kind"] != "background"]
-        for name in ("recovered", "damage"):
-            mean = round(100 * float(np.mean([row[name] for row in marks])), 2)
-            summary[f"{name}_marks{end}"] = mean
+        marks = _table(regime, "marks", DEFAULT, [r for r in own if r["kind"] != "background"])
+        summary[f"recovered_marks{end}"] = marks["recovered"]
+        summary[f"damage_marks{end}"] = marks["damage"]
+        default = by[regime, "all", DEFAULT]
         summary[f"p_against_ce{end}"] = default["p_value"]
         best = max(
             (by[regime, "all", name] for name in METHODS if name.startswith("planted")),
