@@ -123,7 +123,12 @@ class Case:
 
 
 def mark_cases(
-    work: Path, networks: Sequence[str], training_seed: int, *, tuning: bool = False
+    work: Path,
+    networks: Sequence[str],
+    training_seed: int,
+    *,
+    tuning: bool = False,
+    at_most: int = PER_CELL,
 ) -> list[Case]:
     """Return the first faults of each network and kind that took, as `localize.py` planted them.
 
@@ -141,7 +146,7 @@ def mark_cases(
         if row["network"] != "efficientnet" and trained[1] != training_seed:
             continue
         same = [c for c in found if (c.network, c.kind) == (row["network"], row["kind"])]
-        if len(same) == PER_CELL:
+        if len(same) == at_most:
             continue
         if trained not in scenes:
             scenes[trained] = faults.scene(row["network"], work, training_seed=trained[1])
