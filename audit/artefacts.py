@@ -30,6 +30,7 @@ SMALLEST = 8  # images that have to carry it; five photos share pixels by chance
 PART, MOST = 0.3, 0.5  # of a group that has to share it, and of those that carry it
 NARROW = 0.5  # times the width elsewhere
 GAP = 2.0  # between distances; of draws of 30 to 64 photos none had more than 1.2
+ROWS = 32  # of the images at a time, for memory's sake
 GRAY_LEVEL = 1.0  # what differs by less may be rounding
 
 
@@ -105,7 +106,7 @@ def _common(group: Tensor, others: Tensor, share: float) -> Artefact | None:
     picture, width = _narrowest(group, share)
     # In as many images as the group has: of few, the narrowest interval is narrower.
     whole = max(1, len(others) // len(group))
-    parts = others[: whole * len(group)].chunk(whole)
+    parts = torch.chunk(others[: whole * len(group)], whole)
     elsewhere = torch.stack([_narrowest(part, share)[1] for part in parts]).mean(dim=0)
     # What differs nowhere, the ground of a drawing, is not the group's.
     mask = (width <= NARROW * elsewhere) & (elsewhere > GRAY_LEVEL)
@@ -123,10 +124,13 @@ def _narrowest(pixels: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Return the middle and the width of the narrowest interval that holds a share of the values
     of each pixel, (3, H, W) and the mean over the channels, (H, W), in gray levels."""
     held = min(len(pixels), max(SMALLEST, math.ceil(share * len(pixels))))
-    ordered = pixels.sort(dim=0).values.float()
-    widths = ordered[held - 1 :] - ordered[: len(pixels) - held + 1]
-    width, start = widths.min(dim=0)
-    return ordered.gather(0, start[None])[0] + width / 2, width.mean(dim=0)
+    middles, widths = [], []
+    for rows in torch.split(pixels, ROWS, dim=2):
+        ordered = rows.sort(dim=0).values.float()
+        width, start = (ordered[held - 1 :] - ordered[: len(pixels) - held + 1]).min(dim=0)
+        middles.append(ordered.gather(0, start[None])[0] + width / 2)
+        widths.append(width.mean(dim=0))
+    return torch.cat(middles, dim=1), torch.cat(widths)
 
 
 def _widest_gap(distances: Tensor, low: float, high: float) -> float | None:

@@ -99,7 +99,7 @@ def find_guidance(
         )
     if isinstance(source, Path):
         return _on_objects(source, folder, positions, preprocessing, size, on_image)
-    return _away_from(run, source, folder, positions, size)
+    return _away_from(run, source, folder, positions, preprocessing, size)
 
 
 def guidance_source(
@@ -223,10 +223,16 @@ def _away_from(
     group: Mapping[str, Any],
     folder: ImageFolder,
     positions: Sequence[int],
+    preprocessing: Preprocessing,
     size: tuple[int, int],
 ) -> Guidance:
     artefact = find_group_artefact(run, group)
     if artefact is not None:
+        if tuple(artefact.mask.shape) != tuple(preprocessing.input_size):
+            raise RunError(
+                f"the artefact of {group['id']} is not of the size of the network's images; "
+                "scan again"
+            )
         allowed = _by_area((~artefact.reach).float(), size)
         sentence = (
             f"What must not matter is where the images of {group['id']} look alike, "
