@@ -19,7 +19,8 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -302,12 +303,8 @@ class _Folder:
         if not path.is_file():
             held = ", ".join(map(str, self.gallery["layers"])) or "none"
             raise RunError(f"no {method} maps of {layer} in {_shown(self.path)}; layers: {held}")
-        try:
-            _check_arrays(path)
-            with np.load(path, allow_pickle=False) as arrays:
-                return _stack_of_maps(arrays["maps"])
-        except _UNREADABLE as error:
-            raise _damaged(path, error) from error
+        with _arrays(path) as arrays:
+            return _stack_of_maps(arrays["maps"])
 
     def _table(self, name: str, schema: Mapping[str, str]) -> pd.DataFrame:
         table = self._columns(name, schema)
@@ -485,15 +482,8 @@ class Run(_Folder):
                 compared with, (groups, h, w), NaN where there are none; or those of the
                 `examples`, (images, h, w), in the order of their ids.
         """
-        path = self.path / "maps" / "groups.npz"
-        if not path.is_file():
-            raise RunError(f"{_shown(path)} is not there; scan again")
-        try:
-            _check_arrays(path)
-            with np.load(path, allow_pickle=False) as arrays:
-                return _stack_of_maps(arrays[kind])
-        except _UNREADABLE as error:
-            raise _damaged(path, error) from error
+        with _arrays(self.path / "maps" / "groups.npz") as arrays:
+            return _stack_of_maps(arrays[kind])
 
     def group_image(self, image_id: str) -> Path:
         """Return where the picture of one example of the error groups lies."""
@@ -508,19 +498,12 @@ class Run(_Folder):
         Returns:
             Where they are, (H, W) bool, and what is there, (H, W, 3) uint8.
         """
-        path = self.path / "maps" / "artefacts.npz"
-        if not path.is_file():
-            raise RunError(f"{_shown(path)} is not there; scan again")
-        try:
-            _check_arrays(path)
-            with np.load(path, allow_pickle=False) as arrays:
-                masks, pictures = arrays["masks"], arrays["pictures"]
+        with _arrays(self.path / "maps" / "artefacts.npz") as arrays:
+            masks, pictures = arrays["masks"], arrays["pictures"]
             if masks.dtype != np.bool_ or masks.ndim != 3 or not masks[place : place + 1].any():
                 raise ValueError(f"it holds no mask of group {place + 1}")
             if pictures.dtype != np.uint8 or pictures.shape != (*masks.shape, 3):
                 raise ValueError("pictures and masks do not go together")
-        except _UNREADABLE as error:
-            raise _damaged(path, error) from error
         return masks[place], pictures[place]
 
     def write_groups(
@@ -806,12 +789,20 @@ def _stack_of_maps(values: np.ndarray) -> np.ndarray:
     return np.asarray(values, dtype=np.float32)
 
 
-def _check_arrays(path: Path) -> None:
-    """Raise ValueError where an archive of arrays unpacks to more than any gallery needs."""
-    with zipfile.ZipFile(path) as archive:
-        claimed = sum(entry.file_size for entry in archive.infolist())
-    if claimed > LARGEST_ARRAYS:
-        raise ValueError(f"it unpacks to {claimed:,} bytes")
+@contextmanager
+def _arrays(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """Open an archive of arrays; whatever is wrong with it, or found wrong in it, is a RunError."""
+    if not path.is_file():
+        raise RunError(f"{_shown(path)} is not there; scan again")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+        if claimed > LARGEST_ARRAYS:  # more than any gallery needs
+            raise ValueError(f"it unpacks to {claimed:,} bytes")
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
 
 
 def _shown(path: Path) -> str:

@@ -122,7 +122,7 @@ PLACES: tuple[Place, ...] = ("planted", "flagged")
 TUNING_DRAW, TUNING_CASES = 10, 4  # of each network and kind
 TUNED = {
     f"{place} {loss}, {share:.1f}": Method(
-        place=place, config=_settings(loss=loss, distill=share), changed=True
+        place=place, config=_settings(loss=loss, distill=share), changed=True, every_draw=True
     )
     for place in PLACES
     for loss in ("ce", "energy")
@@ -192,7 +192,7 @@ def main() -> None:
         cases: Sequence[Case] = mark_cases(*given_faults, tuning=True, at_most=TUNING_CASES)
     else:
         cases = all_cases(*given_faults)
-    done = {(r["case"], r["regime"], r["seed"], r["method"]) for r in _read(options.work)}
+    done = {_key(row) for row in _read(options.work, "tuned" if tried is TUNED else "rows-*")}
     for seed in draws:
         for case in cases[options.part :: options.parts]:
             for regime in case.regimes:
@@ -200,7 +200,7 @@ def main() -> None:
                     name: method
                     for name, method in tried.items()
                     if applies(case, method)
-                    and (method.every_draw or seed in (SEEDS[0], TUNING_DRAW))
+                    and (method.every_draw or seed == SEEDS[0])
                     and (case.name, regime, seed, name) not in done
                 }
                 if methods:
@@ -459,9 +459,9 @@ def _bits(row: Mapping[str, Any]) -> np.ndarray:
     return np.unpackbits(packed).astype(bool)
 
 
-def _read(work: Path) -> list[dict[str, Any]]:
+def _read(work: Path, name: str = "rows-*") -> list[dict[str, Any]]:
     found = []
-    for path in sorted(work.glob("rows-*.jsonl")):
+    for path in sorted(work.glob(f"{name}.jsonl")):
         found += [json.loads(line) for line in path.read_text().splitlines()]
     return found
 

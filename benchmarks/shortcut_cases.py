@@ -230,7 +230,10 @@ def lessons(case: Case, regime: Regime, seed: int, work: Path) -> Lessons:
     images[lit] = faults.marked(pool.images[lit], case.kind)
     size = (images.shape[-2], images.shape[-1])
     if case.artefact is None:
-        allowed, carries = outside_cells(case.region, size), torch.ones(len(images)) > 0
+        allowed, carries = (
+            outside_cells(case.region, size),
+            torch.ones(len(images), dtype=torch.bool),
+        )
     else:
         allowed = 1 - case.artefact.reach.float()
         carries = case.artefact.carried_by(stored(images))
@@ -264,8 +267,7 @@ def _lessons(
 
     masks = ImageMasks.of_all(allowed)
     first, rest = list(range(train)), list(range(train, len(whole.labels)))
-    donors = {**draw_donors(first, masks, seed=2 * seed)}
-    donors |= draw_donors(rest, masks, seed=2 * seed + 1)
+    donors = draw_donors(first, masks, seed=2 * seed) | draw_donors(rest, masks, seed=2 * seed + 1)
     both = Pool(images=changed(donors), labels=whole.labels)
     carriers = [position for position in first if carries[position]]
     lenders = [position for position in first if not carries[position]] or carriers
@@ -347,7 +349,7 @@ def background_cases(work: Path, networks: Sequence[str], training_seed: int) ->
 def _background_lessons(case: Case, regime: Regime, seed: int) -> Lessons:
     chance = AGREEING if regime == "biased" else 0.5
     found = _pictures(TRAIN + VALIDATION, "train", chance, 100 + seed)
-    carries = torch.ones(len(found.masks)) > 0
+    carries = torch.ones(len(found.masks), dtype=torch.bool)
     return _lessons(case, found.pool, found.masks, carries, TRAIN, seed, hide_objects=True)
 
 

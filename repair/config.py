@@ -54,8 +54,9 @@ class RepairConfig:
             them is one that relies on it.
         patience: Epochs without a lower validation cross entropy after which training stops; 0
             for never.
-        counterfactuals: Whether what lies outside an image's mask, or in an error group's region,
-            is taken from another image before it is learned from (`repair.counterfactuals`).
+        counterfactuals: Whether what lies outside an image's mask, or in an error group's artefact
+            or region, is taken from another image before it is learned from
+            (`repair.counterfactuals`).
         distill: Share of the network's own answers in what is learned from, where what misleads it
             is hidden (`repair.teaching`); the rest is the label.
         balance_classes: Whether images weigh by the inverse of their class's frequency.

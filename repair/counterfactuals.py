@@ -83,7 +83,6 @@ def draw_donors(
     allowed: ImageMasks,
     *,
     seed: int,
-    masked_alone: bool = False,
     lenders: Sequence[int] | None = None,
 ) -> dict[int, int]:
     """Return for each image that can be changed another one, drawn at random.
@@ -94,18 +93,15 @@ def draw_donors(
         positions: Of the images of one split, in the folder's records.
         allowed: Which pixels an image keeps.
         seed: Of the draw; it comes out alike in every process.
-        masked_alone: Whether only images with a mask lend pixels: their objects can be hidden.
         lenders: Positions of the images that may lend; those of the split when None.
     """
-    has_mask = allowed.known.tolist()
-    candidates = positions if lenders is None else lenders
-    lenders = [one for one in candidates if has_mask[one] or not masked_alone]
+    lenders = positions if lenders is None else lenders
     place = {position: at for at, position in enumerate(lenders)}
     generator = np.random.default_rng([seed, len(positions)])
     donors = {}
-    for position in positions:
+    for position in allowed.among(positions):
         others = len(lenders) - (position in place)
-        if not has_mask[position] or not others:
+        if not others:
             continue
         drawn = int(generator.integers(others))
         if position in place and drawn >= place[position]:

@@ -45,6 +45,11 @@ class ImageMasks:
         """Which images have a mask, (N,)."""
         return self.row_of >= 0
 
+    def among(self, positions: Sequence[int]) -> list[int]:
+        """Return those of some images that have a mask, in their order."""
+        known = self.known.tolist()
+        return [position for position in positions if known[position]]
+
     def at(self, positions: Tensor) -> Tensor:
         """Return the masks of some images, (B, h, w) float32 in [0, 1]; NaN throughout for those
         that have none."""

@@ -127,11 +127,13 @@ def make_counterfactuals(
     if not config.counterfactuals or guidance is None:
         return made
     for number, split in enumerate(("train", "val")):
+        own = images.positions[split]
         donors = draw_donors(
-            images.positions[split],
+            own,
             guidance.masks,
             seed=2 * config.seed + number,
-            masked_alone=guidance.hides_objects,
+            # An object can be hidden where its mask is known.
+            lenders=guidance.masks.among(own) if guidance.hides_objects else own,
         )
         made[split] = Counterfactuals(
             folder=images.folder,

@@ -75,7 +75,6 @@ def own_answers(
             carriers,
             guidance.masks,
             seed=COPIES * _SEED * (seed + 1) + copy,
-            masked_alone=guidance.hides_objects,
             lenders=lenders,
         )
         lent = Counterfactuals(
@@ -112,8 +111,7 @@ def _carriers_and_lenders(
     """Return which images show what misleads the network, and which can lend other pixels: of an
     artefact those that carry it and the others, around objects all that have a mask."""
     if guidance.artefact is None:
-        known = guidance.masks.known.tolist()
-        masked = [position for position in positions if known[position]]
+        masked = guidance.masks.among(positions)
         return masked, masked
     carriers: list[int] = []
     lenders: list[int] = []

@@ -20,9 +20,10 @@ from repair.cache import DiskSpace, cross_tensors
 from repair.config import RepairConfig
 from repair.counterfactuals import Counterfactuals, draw_donors, without_object
 from repair.defaults import settle
-from repair.guidance import outside_cells, share_right
+from repair.guidance import Guidance, outside_cells, share_right
 from repair.image_masks import ImageMasks
 from repair.layer import RepairRequest, repair_layer
+from repair.material import RepairImages, make_counterfactuals
 from repair.sources import open_scanned_network
 
 from .conftest import DAMAGED, SIDE
@@ -115,13 +116,24 @@ def test_donors_are_other_images_drawn_evenly_and_alike_in_every_process(
 
 
 def test_only_masked_images_lend_where_objects_are_hidden(
-    folder: ImageFolder, corner: ImageMasks
+    network: Network, folder: ImageFolder, corner: ImageMasks
 ) -> None:
     train = list(folder.positions("train"))
     allowed = without(corner, train[::2])
-    donors = draw_donors(train, allowed, seed=0, masked_alone=True)
+    donors = draw_donors(train, allowed, seed=0, lenders=allowed.among(train))
     assert set(donors) == set(train[1::2]) and set(donors.values()) <= set(train[1::2])
-    assert draw_donors(train[:2], allowed, seed=0, masked_alone=True) == {}
+    assert draw_donors(train[:2], allowed, seed=0, lenders=allowed.among(train[:2])) == {}
+    images = RepairImages(
+        folder=folder, positions={"train": tuple(train), "val": ()}, changed=(), additions=None
+    )
+    config = replace(CONFIG, counterfactuals=True)
+    for source, lenders in (("masks", set(train[1::2])), ("group-1", set(train))):
+        guidance = Guidance(masks=allowed, source=source, sentence="", images=len(train))
+        lent = make_counterfactuals(network, images, config, guidance)["train"]
+        assert set(lent.donors) == set(train[1::2])
+        assert set(lent.donors.values()) <= lenders
+        assert (set(lent.donors.values()) <= set(train[1::2])) is (source == "masks")
+        assert lent.hide_objects is (source == "masks")
 
 
 def test_a_hidden_object_is_painted_in_the_mean_color_of_the_rest() -> None:
