@@ -31,17 +31,16 @@ def open_points(run: Run, repair: RepairFolder | None) -> list[str]:
 
 def _about_verdict(run: Run) -> list[str]:
     try:
-        verdict = run.verdict
+        verdict, flagged = run.verdict, run.flagged_layer
     except RunError:  # said where the verdict should stand
         return []
-    layers = [str(name) for name in verdict.get("layers") or []]
     match verdict.get("verdict"):
-        case "localized" if layers:
-            return [f"Whether to repair {layers[0]}: no repair has been started."]
-        case "spread" if layers:
+        case "localized" if flagged:
+            return [f"Whether to repair {flagged}: no repair has been started."]
+        case "spread" if flagged:
             return [
-                f"Which of the {len(layers)} layers to repair: none stands out, so try the first, "
-                f"{layers[0]}, beside its controls."
+                f"Which of the {len(verdict['layers'])} layers to repair: none stands out, so "
+                f"begin with {flagged}, beside its controls."
             ]
         case "none":
             return []

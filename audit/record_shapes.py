@@ -105,6 +105,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "verdict.json": {
         "verdict": TEXT,
         "layers": [TEXT],
+        "flagged": TEXT,
         "confidence": NUMBER,
         "reasons": [TEXT],
         "numbers": TABLE,

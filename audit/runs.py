@@ -365,6 +365,15 @@ class Run(_Folder):
     def verdict(self) -> dict[str, Any]:
         return _read_document(self.path / "verdict.json")
 
+    @property
+    def flagged_layer(self) -> str | None:
+        """The layer that the verdict would have repaired, None where it names none.
+
+        Of runs that do not say, the most blamed one.
+        """
+        layers = self.verdict.get("layers") or []
+        return str(self.verdict.get("flagged") or layers[0]) if layers else None
+
     @cached_property
     def images(self) -> pd.DataFrame:
         return self._table("images.parquet", RUN_IMAGES)

@@ -26,10 +26,10 @@ SHOWN_LAYERS = 8
 def scan_summary(run: Run) -> RenderableType:
     """Return the outcome of a finished scan: verdict, reasons, accuracy, the first layers."""
     verdict = run.verdict
-    layers = verdict["layers"]
     conclusion = {
-        "localized": f"localized in {layers[0] if layers else ''}",
-        "spread": f"spread over {len(layers)} layers, first {layers[0] if layers else ''}",
+        "localized": f"localized in {run.flagged_layer}",
+        "spread": f"spread over {len(verdict['layers'])} layers; to be repaired is "
+        f"{run.flagged_layer}",
         "none": "no layer at fault",
     }[verdict["verdict"]]
     lines: list[RenderableType] = [Text(f"Verdict: {conclusion}", style="bold")]

@@ -3,7 +3,8 @@
 ``none``: no trial removes more than trials do on networks without a fault. ``localized``: one layer
 has almost all of the blame (`audit.blame`), or has most of it and is where drift sets in
 (`audit.drift`). ``spread``: several layers share it, as often with shortcuts, which any later layer
-can undo; those are named that have nine tenths of it together, most blamed first.
+can undo; those are named that have nine tenths of it together, most blamed first. To be repaired
+is the most blamed of them whose trial does not clearly do less than the best trial among them.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Verdict:
     Attributes:
         verdict: The conclusion.
         layers: The layers at fault, best first; empty for ``none``.
+        flagged: The one of them to repair; None for ``none``.
         confidence: The share of blame of the first layer; None for ``none``.
         reasons: Plain sentences.
         numbers: What stands behind each reason.
@@ -60,6 +62,7 @@ class Verdict:
 
     verdict: Literal["localized", "spread", "none"]
     layers: tuple[str, ...]
+    flagged: str | None
     confidence: float | None
     reasons: tuple[str, ...]
     numbers: dict[str, Any]
@@ -68,6 +71,7 @@ class Verdict:
         return {
             "verdict": self.verdict,
             "layers": list(self.layers),
+            "flagged": self.flagged,
             "confidence": self.confidence,
             "reasons": list(self.reasons),
             "numbers": self.numbers,
@@ -161,6 +165,7 @@ def _blame(
         if trial.layer.name == first and trial.broken > 0
     ]
     reasons += _channel_reasons(first, channel_trials)
+    flagged = _to_repair(layers, ranked)
     if localized:
         reasons.append(
             f"It has {_share(shares[first])} of the blame: so often was such a layer at fault "
@@ -172,9 +177,12 @@ def _blame(
             f"`{first}` has {_share(shares[first])} of it: these images do not say in which of "
             "them the fault lies."
         )
+    if flagged != first:
+        reasons.append(_instead_reason(ranked, layers, flagged))
     return Verdict(
         verdict="localized" if localized else "spread",
         layers=layers,
+        flagged=flagged,
         confidence=shares[first],
         reasons=tuple(reasons),
         numbers=numbers,
@@ -182,7 +190,32 @@ def _blame(
 
 
 def _none(reasons: tuple[str, ...], numbers: dict[str, Any]) -> Verdict:
-    return Verdict(verdict="none", layers=(), confidence=None, reasons=reasons, numbers=numbers)
+    return Verdict(
+        verdict="none",
+        layers=(),
+        flagged=None,
+        confidence=None,
+        reasons=reasons,
+        numbers=numbers,
+    )
+
+
+def _to_repair(layers: Sequence[str], ranked: Sequence[TrialRepair]) -> str:
+    """Return the most blamed of some layers whose trial gain reaches into the interval of the best.
+
+    Where the blame is shared it does not say which layer can undo the fault, and a repair begun in
+    one whose trial clearly does less was seen to wreck the network (ARCHITECTURE.md).
+
+    Args:
+        layers: Most blamed first.
+        ranked: Trials, best first.
+    """
+    gains = {trial.layer.name: trial.gain for trial in ranked if trial.layer.name in layers}
+    if not gains:
+        return layers[0]
+    first, best = next(iter(gains.items()))
+    within = (name for name in layers if name in gains and gains[name].value >= best.low)
+    return next(within, first)
 
 
 def _drift_reason(origin: LayerEvidence) -> str:
@@ -218,6 +251,25 @@ def _trial_reasons(ranked: Sequence[TrialRepair], layer: str) -> list[str]:
         "layer can often undo what the one at fault does."
     )
     return reasons
+
+
+def _instead_reason(ranked: Sequence[TrialRepair], layers: Sequence[str], flagged: str) -> str:
+    """Say why another layer than the most blamed one is to be repaired."""
+    named = [trial for trial in ranked if trial.layer.name in layers]
+    (own,) = (trial for trial in named if trial.layer.name == flagged)
+    best = named[0]
+    reach = (
+        "does most"
+        if best is own
+        else f"reaches into the interval of the best one's, {_percent(best.gain)} of "
+        f"`{best.layer.name}`"
+    )
+    tried = any(trial.layer.name == layers[0] for trial in named)
+    passed_by = f"that of `{layers[0]}` clearly does less" if tried else f"`{layers[0]}` had none"
+    return (
+        f"To be repaired is `{flagged}`, of these layers the most blamed whose short repair, "
+        f"{_percent(own.gain)}, {reach}; {passed_by}."
+    )
 
 
 def _first_reason(ranked: Sequence[TrialRepair]) -> str:

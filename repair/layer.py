@@ -218,19 +218,18 @@ def repair_layer(
 
 
 def flagged_layer(run: Run) -> str:
-    """Return the layer that the run's verdict puts first.
+    """Return the layer that the run's verdict would have repaired.
 
     Raises:
         RunError: It flags none.
     """
-    layers = run.verdict.get("layers") or []
-    verdict = run.verdict.get("verdict")
-    if verdict == "none" or not layers:
+    flagged, verdict = run.flagged_layer, run.verdict.get("verdict")
+    if verdict == "none" or flagged is None:
         raise RunError(
             f"the scan found no layer at fault (verdict: {verdict}); to repair one all the same, "
             "name it with --name LAYER"
         )
-    return str(layers[0])
+    return flagged
 
 
 _NOTHING = Predictions(

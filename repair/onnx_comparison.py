@@ -20,7 +20,8 @@ HALF_TOLERANCE = 5e-2
 # Of a map's peak. Where a rectifier's input is zero but for rounding, its gradient jumps.
 MAP_TOLERANCE = 1e-2
 HALF_MAP_TOLERANCE = 1e-1
-# Maps that are nearly black have no peak to measure by.
+# Maps that are nearly black have no peak to measure by, images that are hardly any class no score:
+# theirs count as at least this share of the largest of any image.
 FAINT = 1e-2
 
 
@@ -52,9 +53,8 @@ class Comparison:
     wrong: set[int] = field(default_factory=set)
     expected: dict[int, int] = field(default_factory=dict)
     predicted: dict[str, dict[int, int]] = field(default_factory=dict)
-    max_abs_error: float = 0.0
-    max_rel_error: float = 0.0
     broken: str | None = None
+    errors: list[tuple[float, float]] = field(default_factory=list)  # error, largest score
     map_errors: list[tuple[float, float]] = field(default_factory=list)  # error, peak
 
     @property
@@ -94,9 +94,8 @@ class Comparison:
         if not np.isfinite(given.scores).all():
             self.broken = f"{self.scores} that are not finite"
             return
-        error = np.abs(given.scores.astype(np.float64) - scores)
-        self.max_abs_error = max(self.max_abs_error, float(error.max()))
-        self.max_rel_error = max(self.max_rel_error, float((error.max(axis=1) / scale).max()))
+        error = np.abs(given.scores.astype(np.float64) - scores).max(axis=1)
+        self.errors += zip(error.tolist(), scale.tolist(), strict=True)
         if maps is not None:
             self._add_maps(maps[~differs], given.maps, ~differs)
 
@@ -112,14 +111,15 @@ class Comparison:
         self.map_errors += zip(errors.tolist(), peaks.tolist(), strict=True)
 
     @property
+    def error(self) -> tuple[float, float] | None:
+        """The largest error of a score: absolute, and relative to its image's largest score; None
+        before any image."""
+        return _largest(self.errors)
+
+    @property
     def map_error(self) -> tuple[float, float] | None:
         """The largest error of a map: absolute, and relative to its own peak; None without maps."""
-        if not self.map_errors:
-            return None
-        brightest = max(peak for _, peak in self.map_errors)
-        floor = max(FAINT * brightest, float(np.finfo(np.float32).tiny))
-        relative = max(error / max(peak, floor) for error, peak in self.map_errors)
-        return max(error for error, _ in self.map_errors), relative
+        return _largest(self.map_errors)
 
     def reasons(self) -> list[str]:
         """Return why the proof failed; empty if it passed."""
@@ -131,9 +131,9 @@ class Comparison:
                 f"onnxruntime gives {len(self.wrong)} of {len(self.images)} held-out images "
                 "another class than PyTorch"
             )
-        if self.max_rel_error > self.tolerance:
+        if self.error is not None and self.error[1] > self.tolerance:
             found.append(
-                f"{self.scores} differ by {self.max_rel_error:.2e} of the largest one, "
+                f"{self.scores} differ by {self.error[1]:.2e} of the largest one, "
                 f"tolerated are {self.tolerance:.0e}"
             )
         if self.map_error is not None and self.map_error[1] > self.map_tolerance:
@@ -146,8 +146,8 @@ class Comparison:
     def record(self) -> dict[str, Any]:
         """Return the errors, JSON-ready."""
         return {
-            "max_abs_error": self.max_abs_error if self.images else None,
-            "max_rel_error": self.max_rel_error if self.images else None,
+            "max_abs_error": None if self.error is None else self.error[0],
+            "max_rel_error": None if self.error is None else self.error[1],
             "tolerance": self.tolerance,
             "map_max_abs_error": None if self.map_error is None else self.map_error[0],
             "map_max_rel_error": None if self.map_error is None else self.map_error[1],
@@ -167,6 +167,15 @@ class Comparison:
             "top1_undecided": len(self.mismatched - self.wrong),
             "accuracy": {"PyTorch": _accuracy(self.expected, labels), **accuracies},
         }
+
+
+def _largest(errors: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """Return the largest error of images, absolute and relative to each one's own size."""
+    if not errors:
+        return None
+    floor = max(FAINT * max(size for _, size in errors), float(np.finfo(np.float32).tiny))
+    relative = max(error / max(size, floor) for error, size in errors)
+    return max(error for error, _ in errors), relative
 
 
 def _accuracy(predicted: dict[int, int], labels: dict[int, int]) -> float | None:

@@ -435,6 +435,7 @@ def _verdict(kind: str) -> dict[str, Any]:
         "localized": {
             "verdict": "localized",
             "layers": [FAULTY],
+            "flagged": FAULTY,
             "confidence": 0.97,
             "reasons": [
                 "A trial repair of block4_conv3 removes 41.8 % of the held-out cross entropy; "
@@ -447,6 +448,7 @@ def _verdict(kind: str) -> dict[str, Any]:
         "spread": {
             "verdict": "spread",
             "layers": ["features.21", "features.19", "features.24"],
+            "flagged": "features.19",
             "confidence": 0.44,
             "reasons": ["Three layers repair the held-out images equally well, within 5 %."],
             "numbers": {"gain": 0.17},

@@ -332,7 +332,8 @@ def test_scan_prints_verdict_numbers_and_where_the_run_is(command: Command, shap
     assert code == 0  # a flag is no failure unless asked to be
     found = newest_run(Path("runs"))
     count = len(found.verdict["layers"])
-    assert out.startswith(f"Verdict: spread over {count} layers, first {DAMAGED}\n")
+    told = f"Verdict: spread over {count} layers; to be repaired is {found.flagged_layer}\n"
+    assert out.startswith(told)
     flat = " ".join(out.split())
     for reason in found.verdict["reasons"]:
         assert reason in flat or reason.replace("`", "") in flat

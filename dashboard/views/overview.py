@@ -90,12 +90,12 @@ def _show_open(run: Run, repair: RepairFolder | None) -> None:
 
 def _show_next_step(run: Run) -> None:
     try:
-        layers = run.verdict.get("layers") or []
+        flagged = run.flagged_layer
     except RunError:  # said at the top of the page
         return
-    if layers and run.status == "complete":
+    if flagged is not None and run.status == "complete":
         st.markdown("Retrain this layer alone, beside its controls, on the page Repair or by:")
-        st.code(command(run, "repair", "layer", "--name", str(layers[0])), language=None)
+        st.code(command(run, "repair", "layer", "--name", flagged), language=None)
 
 
 def _show_repair(repair: RepairFolder) -> None:

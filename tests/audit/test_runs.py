@@ -76,6 +76,22 @@ def test_rows_and_columns_write_the_same_table(tmp_path: Path) -> None:
     assert by_rows.equals(run.layers)
 
 
+@pytest.mark.parametrize(
+    ("verdict", "flagged"),
+    [
+        ({"verdict": "spread", "layers": ["a", "b"], "flagged": "b"}, "b"),
+        ({"verdict": "spread", "layers": ["a", "b"]}, "a"),  # as runs were written before
+        ({"verdict": "none", "layers": [], "flagged": None}, None),
+    ],
+)
+def test_a_run_says_which_layer_to_repair(
+    verdict: dict[str, object], flagged: str | None, tmp_path: Path
+) -> None:
+    run = start_run(tmp_path, "m")
+    run.write_verdict(verdict)
+    assert open_run(run.path).flagged_layer == flagged
+
+
 def test_only_layers_that_have_an_alias_are_given_one(tmp_path: Path) -> None:
     run = start_run(tmp_path, "m")
     run.write_layers({"name": ["a", "b", "c", "d"], "alias": ["block1_conv1", None, "", "d"]})

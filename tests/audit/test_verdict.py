@@ -84,6 +84,7 @@ def verdict_on(
 def test_where_drift_sets_in_is_named_before_whatever_layer_repairs_best() -> None:
     found = verdict_on(SET_IN)
     assert (found.verdict, found.layers) == ("localized", ("a",))
+    assert found.flagged == "a"  # however little its own trial does
     assert found.confidence == shares_of_blame(SET_IN, TRIALS, ())["a"]
     text = " ".join(found.reasons)
     assert "`a` have left what its batch norm remembers from training (0.50 nats" in text
@@ -106,6 +107,67 @@ def test_layers_that_share_the_blame_are_spread_most_blamed_first() -> None:
     text = " ".join(found.reasons)
     assert f"{len(found.layers)} of 3 layers share 90 % of the blame" in text
     assert found.numbers["blame"] == [{"layer": n, "share": shares[n]} for n in found.layers]
+
+
+def reaching(name: str, value: float, low: float, high: float) -> TrialRepair:
+    return dataclasses.replace(
+        removing(name, value), gain=Interval(value=value, low=low, high=high), broken=0.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("gain", "flagged"),
+    [(0.42, "a"), (0.351, "a"), (0.349, "b"), (0.05, "b")],
+)
+def test_to_be_repaired_is_the_most_blamed_that_may_do_as_much_as_the_best(
+    gain: float, flagged: str
+) -> None:
+    scores = [evidence("a", 0.9), evidence("b", 0.1), evidence("c", 0.3)]
+    trials = [
+        reaching("a", gain, gain - 0.2, gain + 0.2),  # not its own interval counts
+        reaching("b", 0.43, 0.35, 0.51),
+        reaching("c", 0.40, 0.30, 0.50),
+    ]
+    found = verdict_on(scores, trials)
+    assert (found.verdict, found.layers[0], found.flagged) == ("spread", "a", flagged)
+    told = [reason for reason in found.reasons if reason.startswith("To be repaired")]
+    assert told == [
+        "To be repaired is `b`, of these layers the most blamed whose short repair, "
+        "43 % [35, 51], does most; that of `a` clearly does less."
+    ] * (flagged == "b")
+
+
+def test_of_several_within_the_interval_the_most_blamed_is_repaired_not_the_best() -> None:
+    scores = [evidence("a", 1.24), evidence("b", 1.0), evidence("c", 0.6)]
+    trials = [
+        reaching("a", 0.10, 0.05, 0.15),
+        reaching("b", 0.38, 0.20, 0.50),
+        reaching("c", 0.43, 0.35, 0.51),
+    ]
+    found = verdict_on(scores, trials)
+    assert found.layers == ("a", "b", "c") and found.flagged == "b"
+    assert (
+        "`b`, of these layers the most blamed whose short repair, 38 % [20, 50], reaches into "
+        "the interval of the best one's, 43 % [35, 51] of `c`; that of `a`" in found.reasons[-1]
+    )
+
+
+def test_a_layer_that_no_trial_reached_is_not_the_one_to_repair() -> None:
+    scores = [evidence("a", 1.24), evidence("b", 0.6), evidence("c", 0.0)]
+    found = verdict_on(scores, [reaching("b", 0.43, 0.35, 0.51), reaching("c", 0.2, 0.1, 0.3)])
+    assert (found.layers[0], found.flagged) == ("a", "b")
+    assert found.reasons[-1].endswith("does most; `a` had none.")
+
+
+def test_a_layer_outside_the_verdict_is_not_repaired_however_much_its_trial_does() -> None:
+    scores = [evidence("a", 1.2), evidence("b", 1.2), *(evidence(n, 0.0) for n in "cdefg")]
+    trials = [
+        reaching("g", 0.9, 0.8, 1.0),
+        reaching("a", 0.2, 0.1, 0.3),
+        *(reaching(name, 0.05, 0.0, 0.1) for name in "bcdef"),
+    ]
+    found = verdict_on(scores, trials)
+    assert (found.layers, found.flagged) == (("a", "b"), "a")
 
 
 def test_a_layer_whose_repair_does_most_is_said_with_the_next_and_what_it_breaks() -> None:
@@ -170,6 +232,7 @@ def test_a_gain_that_the_images_do_not_settle_flags_nothing() -> None:
 def test_no_gain_anywhere_is_none_and_names_the_best_try() -> None:
     found = verdict_on(trials=[removing("a", -0.2), removing("b", 0.04)])
     assert (found.verdict, found.layers, found.confidence) == ("none", (), None)
+    assert found.flagged is None
     assert len(found.reasons) == 1
     assert "more than 10 %" in found.reasons[0]
     assert "`b`, removes 4 % [4, 4]" in found.reasons[0]
@@ -209,5 +272,5 @@ def test_the_same_trials_in_another_order_give_the_same_verdict() -> None:
 
 def test_the_record_is_plain_data() -> None:
     record = verdict_on().as_dict()
-    assert set(record) == {"verdict", "layers", "confidence", "reasons", "numbers"}
+    assert set(record) == {*("verdict", "layers", "flagged", "confidence", "reasons", "numbers")}
     assert all(re.fullmatch(r"[A-Z0-9].*\.", reason) for reason in record["reasons"])

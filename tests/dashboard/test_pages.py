@@ -119,6 +119,14 @@ def test_a_run_without_a_repair_names_the_command_for_one(visit, tmp_path) -> No
     assert f"Whether to repair {FAULTY}: no repair has been started." in _text(app)
 
 
+def test_where_the_blame_is_shared_the_layer_to_repair_is_named(visit, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    app = visit(build_run(tmp_path, verdict="spread", images=120).path)
+    assert "repair layer --name features.19 " in app.code[0].value
+    assert "Which of the 3 layers to repair: none stands out, so begin with features.19" in _text(
+        app
+    )
+
+
 def test_a_healthy_network_is_not_sent_to_repair(visit, runs) -> None:  # type: ignore[no-untyped-def]
     app = visit(runs["healthy"].path)
     assert "No layer stands out" in _text(app)
@@ -376,7 +384,7 @@ def test_the_form_starts_the_command_on_this_run_alone(visit, runs, monkeypatch)
     assert not app.exception
     ((kind, path, arguments, served),) = started
     assert (kind, path, served) == ("repair", run.path, [run.path])
-    assert arguments[:2] == [f"--name={run.verdict['layers'][0]}", "--loss=ce"]
+    assert arguments[:2] == ["--name=features.19", "--loss=ce"]
 
 
 def test_a_server_that_is_read_only_offers_to_start_nothing(visit, runs, monkeypatch) -> None:  # type: ignore[no-untyped-def]

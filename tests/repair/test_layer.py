@@ -19,11 +19,11 @@ from audit.errors import LayerNotFoundError, RunError, UsageError
 from audit.files import read_json, sha256_file, write_json
 from audit.images import ImageFolder, load_pixels
 from audit.networks import ModelCard, Network, open_network, read_card, write_card
-from audit.runs import RepairFolder, Run, open_repair, open_run
+from audit.runs import RepairFolder, Run, open_repair, open_run, start_run
 from audit.saliency import layer_maps, normalize_maps
 from audit.statistics import mcnemar
 from repair.config import RepairConfig
-from repair.layer import RepairRequest, repair_layer
+from repair.layer import RepairRequest, flagged_layer, repair_layer
 
 from .conftest import (
     CLASSES,
@@ -35,6 +35,15 @@ from .conftest import (
 )
 
 MakeRun = Callable[..., Run]
+
+
+def test_the_layer_that_the_verdict_would_have_repaired_is_the_one(tmp_path: Path) -> None:
+    run = start_run(tmp_path, "shapes")
+    run.write_verdict({"verdict": "spread", "layers": ["a", "b"], "flagged": "b"})
+    assert flagged_layer(run) == "b"
+    run.write_verdict({"verdict": "none", "layers": [], "flagged": None})
+    with pytest.raises(RunError, match="found no layer at fault"):
+        flagged_layer(run)
 
 
 def test_the_flagged_layer_is_repaired_and_accepted(finished: tuple[Run, RepairFolder]) -> None:

@@ -170,6 +170,22 @@ def test_half_precision_may_only_swap_classes_that_it_cannot_tell_apart() -> Non
     assert "gives 1 of 2 held-out images another class" in half.reasons()[0]
 
 
+@pytest.mark.parametrize(("error", "passes"), [(2.4e-5, True), (2.4e-3, False)])
+def test_an_image_that_is_hardly_any_class_is_no_scale_to_measure_by(
+    error: float, passes: bool
+) -> None:
+    # As a repaired network was seen to give them: 2.4e-5 is .24 % of the second image's larger one.
+    scores = np.array([[9.0, -9.0], [0.010, -0.009]])
+    comparison = Comparison()
+    comparison.add(
+        [0, 1], scores, None, Given(scores=scores + np.array([[0.0], [error]])), "session"
+    )
+    assert (comparison.reasons() == []) is passes
+    largest = comparison.error
+    # A hundredth of the largest score of any image, .09, stands for its own.
+    assert largest is not None and largest == pytest.approx((error, error / 0.09))
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "line"),
     [
