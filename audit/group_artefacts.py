@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from audit.artefacts import Artefact, find_artefact
+from audit.artefacts import SMALLEST, Artefact, find_artefact
 from audit.groups import ErrorGroup
 from audit.wording import percent
 
 __all__ = ["GroupArtefact", "group_artefacts"]
 
-LOOKED_AT = 64  # images of a group, and twice as many others
+LOOKED_AT = 64  # images of a group, twice as many others, four times as many called alike
 ENOUGH = 32  # right images of the same classes to compare with; with fewer, right ones of any class
 
 Integers = NDArray[np.int64]
@@ -24,13 +24,21 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class GroupArtefact:
-    """An artefact, and how many images carry it of those that were looked at."""
+    """An artefact, and how many images carry it of those that were looked at.
+
+    Attributes:
+        agreeing: Share right of the images that carry it and were called what the group's were, of
+            all of them or of a draw; None where fewer than eight carry it.
+        called: How many those are.
+    """
 
     artefact: Artefact
     group: int
     group_carriers: int
     others: int
     others_carriers: int
+    agreeing: float | None
+    called: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `groups.json` holds; the pixels lie beside it."""
@@ -44,6 +52,7 @@ class GroupArtefact:
             "carriers": self.group_carriers,
             "right_looked_at": self.others,
             "right_carriers": self.others_carriers,
+            "agreeing": self.agreeing,
         }
 
     @property
@@ -51,8 +60,15 @@ class GroupArtefact:
         return (
             f"{self.group_carriers} of {self.group} of its images look alike in one place, "
             f"{percent(self.artefact.share)} of the image; {self.others_carriers} of {self.others} "
-            "right images do."
+            f"right images do.{self._agreement}"
         )
+
+    @property
+    def _agreement(self) -> str:
+        if self.agreeing is None:
+            return ""
+        share = percent(self.agreeing, 0)
+        return f" Of {self.called} images that carry it and were called alike, {share} are right."
 
 
 def group_artefacts(
@@ -77,12 +93,14 @@ def group_artefacts(
     for number, group in enumerate(groups):
         generator = np.random.default_rng([seed, number])
         others = _compared(labels, guesses, group)
-        ours = load(np.sort(generator.permutation(group.members)[:LOOKED_AT]))
-        theirs = load(np.sort(generator.permutation(others)[: 2 * LOOKED_AT]))
+        ours = load(_drawn(group.members, LOOKED_AT, generator))
+        theirs = load(_drawn(others, 2 * LOOKED_AT, generator))
         artefact = find_artefact(ours, theirs)
         if artefact is None:
             found.append(None)
             continue
+        alike = np.flatnonzero(np.isin(guesses, guesses[group.members]))
+        agreeing, called = _agreeing(load, labels == guesses, alike, artefact, generator)
         found.append(
             GroupArtefact(
                 artefact=artefact,
@@ -90,9 +108,33 @@ def group_artefacts(
                 group_carriers=int(artefact.carried_by(ours).sum()),
                 others=len(theirs),
                 others_carriers=int(artefact.carried_by(theirs).sum()),
+                agreeing=agreeing,
+                called=called,
             )
         )
     return found
+
+
+def _drawn(places: Integers, at_most: int, generator: np.random.Generator) -> Integers:
+    return np.sort(generator.permutation(places)[:at_most])
+
+
+def _agreeing(
+    load: Callable[[Integers], Tensor],
+    right: NDArray[np.bool_],
+    alike: Integers,
+    artefact: Artefact,
+    generator: np.random.Generator,
+) -> tuple[float | None, int]:
+    """Return which share of the images called alike that carry an artefact is right, and of how
+    many. Wrong and right ones are drawn as they come, unlike those that it was found in."""
+    carrying = [
+        place
+        for place in _drawn(alike, 4 * LOOKED_AT, generator).tolist()
+        if bool(artefact.carried_by(load(np.array([place]))).any())
+    ]
+    share = float(right[carrying].mean()) if len(carrying) >= SMALLEST else None
+    return share, len(carrying)
 
 
 def _compared(labels: Integers, guesses: Integers, group: ErrorGroup) -> Integers:

@@ -132,7 +132,7 @@ SHAPES: dict[str, dict[str, Any]] = {
                 "ninths": TABLE,
                 "artefact": {
                     "sentence": TEXT,
-                    **dict.fromkeys(("share_of_image", "threshold"), NUMBER),
+                    **dict.fromkeys(("share_of_image", "threshold", "agreeing"), NUMBER),
                     "box": [NUMBER],
                     **dict.fromkeys(("looked_at", "carriers"), COUNT),
                     **dict.fromkeys(("right_looked_at", "right_carriers"), COUNT),

@@ -1,11 +1,12 @@
 """What a repair does unless told otherwise: it depends on what the scan knows.
 
-Where an error group shares an artefact, the layer learns from counterfactual images, whose artefact
-is another image's pixels, what the network itself says of them without it: `repair.teaching`. Where
-masks say what the network may look at, or a group's region where it must not, the repair is told
-so; otherwise it has the paper's loss. Images in which the shortcut of a region is wrong often
-enough teach the layer better of it than made ones; where it is nearly always right, or only masks
-are known, the images are counterfactuals. `benchmarks/repair_shortcut.py` has the figures.
+Images in which a shortcut is wrong often enough teach a layer better of it, as they are, than made
+ones do. So where an error group's artefact or region is wrong in a quarter of the images, the
+repair is told where it is, by the loss `energy`, and that is all. Where it is nearly always right
+the images are counterfactual: an artefact is another image's pixels, and the layer learns what the
+network itself says of the image without it (`repair.teaching`); of a region, and of masks, which
+say nothing about how often the rest misleads, the loss is `energy` again. Where nothing is known it
+is the paper's. `benchmarks/repair_shortcut.py` has the figures.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ DISTILL = 0.8
 """Share of the network's own answers where an artefact is known."""
 
 ENOUGH_COUNTEREXAMPLES = 0.25
-"""Share of the images in which the network looks at a group's region and is wrong."""
+"""Share wrong of the images in which the network looks at a group's region, or that carry its
+artefact."""
 
 
 def settle(
@@ -54,8 +56,9 @@ def settle(
     if "loss" not in choose:
         return config, None
     source = guidance_source(run, masks=masks, group=group)
-    artefact = not isinstance(source, Path) and bool((source or {}).get("artefact"))
-    if artefact:
+    made = source is not None and not _enough(run, source)
+    answers = made and not isinstance(source, Path) and bool((source or {}).get("artefact"))
+    if answers:
         loss, reason = ARTEFACT_LOSS, "it is known which pixels mislead the network"
     elif source is not None:
         loss, reason = GUIDED_LOSS, "it is known where the network may look"
@@ -65,8 +68,8 @@ def settle(
         loss, reason = "ce", f"{layer.name} has no maps"
     config = replace(config, loss=loss)
     if "counterfactuals" in choose and source is not None:
-        config = replace(config, counterfactuals=artefact or not _enough(run, source))
-    if "distill" in choose and artefact:
+        config = replace(config, counterfactuals=made)
+    if "distill" in choose and answers:
         config = replace(config, distill=DISTILL)
     images = " on counterfactual images" if config.counterfactuals else ""
     images += ", by the network's own answers without the artefact" if config.distill else ""
@@ -74,6 +77,6 @@ def settle(
 
 
 def _enough(run: Run, source: Path | Mapping[str, Any]) -> bool:
-    """Whether images show often enough that what a region says is wrong; of masks nobody knows."""
+    """Whether images show often enough that what a group says is wrong; of masks nobody knows."""
     agreeing = None if isinstance(source, Path) else share_right(run, source)
     return agreeing is not None and 1 - agreeing >= ENOUGH_COUNTEREXAMPLES

@@ -127,12 +127,17 @@ def guidance_source(
 
 
 def share_right(run: Run, group: Mapping[str, Any]) -> float | None:
-    """Return how often what an error group says is right where it looks at its region.
+    """Return how often what an error group says is right where its artefact or its region is.
 
-    Of the images outside the test split that have the group's predicted class, and whose map lies
-    on its region, the share that is right. Maps were looked at in samples of wrong and of right
-    images; both counts are scaled up. None where the group was not compared with right images.
+    For an artefact it is what the scan counted. For a region, of the images outside the test split
+    that have the group's predicted class, and whose map lies on its region, the share that is
+    right. Maps were looked at in samples of wrong and of right images; both counts are scaled up.
+    None where the group was not compared with right images, or too few carry the artefact.
     """
+    artefact = group.get("artefact")
+    if artefact:
+        told = artefact.get("agreeing")
+        return None if told is None else float(told)
     if group.get("compared_share") is None:
         return None
     images = run.images

@@ -325,6 +325,7 @@ def _write_groups(run: Run, generator: np.random.Generator, table: dict[str, Any
                     "carriers": 9,
                     "right_looked_at": 40,
                     "right_carriers": 1,
+                    "agreeing": 0.25,
                 },
                 "paths": [table["path"][place] for place in members],
                 "examples": entries,

@@ -17,11 +17,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import audit.looking
+from audit.artefacts import Artefact
+from audit.candidates import ErrorGroup
 from audit.demo import MODEL_NAME, models_folder
 from audit.digits import MARKED_NAME, write_digit_images
 from audit.errors import RunError
 from audit.files import write_arrays
-from audit.group_artefacts import group_artefacts
+from audit.group_artefacts import LOOKED_AT, GroupArtefact, group_artefacts
 from audit.group_cards import group_cards, groups_note
 from audit.grouping import FoundGroups, error_groups
 from audit.groups import find_groups
@@ -306,6 +308,67 @@ def test_groups_are_compared_with_right_images_of_their_classes() -> None:
         (found,) = group_artefacts(partial(_rows, pixels, chosen), own, said, [group], seed=0)
         assert (found is not None) is shared
     assert found is not None and found.artefact.mask[:4].all() and not found.artefact.mask[4:].any()
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "agreeing"), [(60, 20, 0.75), (20, 60, 0.25), (0, 40, 0.0), (400, 60, None)]
+)
+def test_it_is_counted_how_often_what_an_artefact_says_is_right(
+    right: int, wrong: int, agreeing: float | None
+) -> None:
+    """Of the images that carry it and were called the group's class, in a draw where they are many;
+    of those that carry it and were called another, and of one that cannot be read, nothing."""
+    generator = np.random.default_rng(0)
+    pixels = torch.from_numpy(generator.integers(0, 256, (800, 3, 8, 8), dtype=np.uint8))
+    labels, guesses = np.zeros(800, dtype=np.int64), np.zeros(800, dtype=np.int64)
+    guesses[:wrong] = 1
+    labels[wrong : wrong + right] = guesses[wrong : wrong + right] = 1
+    stamped = np.r_[0 : wrong + right, 750:790]
+    pixels[stamped, :, 2:5, 2:5] = 200
+
+    def load(rows: np.ndarray) -> Tensor:
+        return pixels[rows[rows != wrong]]
+
+    group = ErrorGroup(
+        kind="confusion",
+        label=0,
+        predicted=1,
+        region=None,
+        members=np.arange(wrong),
+        of=wrong,
+        expected=1.0,
+        compared=np.empty(0, dtype=np.int64),
+        compared_share=None,
+        p_value=1e-9,
+        test="",
+    )
+    (found,) = group_artefacts(load, labels, guesses, [group], seed=0)
+    assert found is not None
+    if agreeing is None:  # more were called alike than are looked at
+        assert found.agreeing == pytest.approx(400 / 460, abs=0.05)
+        assert 4 * LOOKED_AT - 1 <= found.called <= 4 * LOOKED_AT  # one cannot be read
+        return
+    read = right - (right > 0)
+    assert (found.agreeing, found.called) == (read / (read + wrong), read + wrong)
+    assert f"Of {found.called} images that carry it" in found.as_dict()["sentence"]
+
+
+def test_of_few_images_it_is_not_said_how_often_an_artefact_is_right() -> None:
+    found = GroupArtefact(
+        artefact=Artefact(
+            mask=torch.ones(2, 2, dtype=torch.bool),
+            picture=torch.zeros(3, 2, 2, dtype=torch.uint8),
+            threshold=1.0,
+        ),
+        group=9,
+        group_carriers=8,
+        others=20,
+        others_carriers=0,
+        agreeing=None,
+        called=7,
+    )
+    assert found.as_dict()["agreeing"] is None
+    assert found.sentence.endswith("0 of 20 right images do.")
 
 
 def _rows(pixels: Tensor, chosen: np.ndarray, rows: np.ndarray) -> Tensor:

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from audit.artefacts import Artefact
 from audit.errors import RunError, UsageError
+from audit.files import write_json
 from audit.images import ImageFolder, load_pixels, open_image_folder
 from audit.networks import Network
 from audit.report import material_sentences
-from audit.runs import Run
+from audit.runs import Run, open_run
 from repair.cli import app
 from repair.config import RepairConfig
 from repair.counterfactuals import without_object
@@ -257,6 +258,35 @@ def test_a_region_alone_is_repaired_as_before(grouped: Run) -> None:
     assert stated.distill == 0
     with pytest.raises(UsageError, match="--distill 0"):
         repair_layer(grouped, replace(CONFIG, distill=0.5), RepairRequest(group="group-1"))
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "made"), [(None, True), (0.95, True), (0.76, True), (0.75, False), (0.5, False)]
+)
+def test_images_in_which_an_artefact_is_wrong_often_enough_are_learned_from_as_they_are(
+    grouped: Run, agreeing: float | None, made: bool
+) -> None:
+    document = grouped.groups
+    document["groups"][1]["artefact"]["agreeing"] = agreeing
+    write_json(grouped.path / "groups.json", document)
+    run = open_run(grouped.path)
+    layer = open_scanned_network(run).layer(DAMAGED)
+    settled, sentence = settle(run, layer, CONFIG, AUTO)
+    assert settled.loss == ("ce" if made else "energy")
+    assert settled.counterfactuals is made and (settled.distill > 0) is made
+    assert sentence is not None and ("counterfactual" in sentence) is made
+
+
+def test_a_run_whose_artefact_is_often_wrong_is_told_where_it_is_and_no_more(grouped: Run) -> None:
+    document = grouped.groups
+    document["groups"][1]["artefact"]["agreeing"] = 0.5
+    write_json(grouped.path / "groups.json", document)
+    run = open_run(grouped.path)
+    info = repair_layer(run, replace(CONFIG, controls=()), RepairRequest(choose=AUTO)).info
+    assert (info["config"]["loss"], info["config"]["counterfactuals"]) == ("energy", False)
+    stated = replace(CONFIG, loss="energy", controls=())
+    told = repair_layer(run, stated, RepairRequest(group="group-2")).info
+    assert info["after"] == told["after"]
 
 
 def test_targets_hold_the_answers_of_the_training_images(grouped: Run, network: Network) -> None:
