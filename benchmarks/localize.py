@@ -346,6 +346,7 @@ def scan_result(
         "highest_onset": _highest(evidence),
         "most_silent": round(max(one.silent_channels for one in evidence), 3),
         "first_blamed": max(shares, key=lambda name: shares[name]),
+        "flagged": verdict.flagged,
         "first_by_trial": ranking(trials)[0].layer.name,
     }
     if fault is None or not fault.took:

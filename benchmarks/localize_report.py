@@ -217,7 +217,9 @@ def _regrets(repairs: Sequence[Row], counted: Sequence[Row]) -> list[dict[str, A
         best = max(right.values())
         group = "weight" if fault["kind"] in faults.WEIGHT_KINDS else "learned"
         chosen = {
-            "ours": fault["first_blamed"],
+            # Rows from before a verdict said which layer to repair have the most blamed one.
+            "ours": fault.get("flagged") or fault["first_blamed"],
+            "most_blamed": fault["first_blamed"],
             "weight_trial": fault["first_by_trial"],
             "planted": fault["planted"],
             "last_layer": list(right)[-1],

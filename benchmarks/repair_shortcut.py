@@ -17,13 +17,15 @@ could know: for marks what the first error group of a scan shares (`audit.artefa
 each fault, in every photo alike; for backgrounds the mask. `trust` is the paper's loss, bounded.
 `answers` is cross entropy on counterfactuals, for four fifths with what the faulty network says
 itself where the mark, or the background, is another photo's (`repair.teaching`). `planted` is the
-layer at fault, the other rows are of the layer that the scan blames first. `default` is what
-`repair layer` does then (`repair.defaults`): `answers` for marks, `energy` on counterfactuals for
-backgrounds. Controls: plain cross entropy (`ce`), the maps of other photos (`shuffled`), the last
-linear layer (`dfr`; Kirichenko et al. 2022), all layers (`full`), all layers by relative gradient
-norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's against `ce` on the same layer, all faults
-and draws together, corrected after Holm. What the table's claims are of is done with three draws of
-photos, the other losses and controls with the first.
+layer at fault, the other rows are of the layer that the scan would have repaired. `default` is what
+`repair layer` does then (`repair.defaults`): for marks `answers` where the photos are biased, which
+a scan of them counts, and `energy` where they are balanced; for backgrounds `energy` on
+counterfactuals, since masks say nothing about that. Controls: plain cross entropy (`ce`), the maps
+of other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 2022), all layers
+(`full`), all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's
+against `ce` on the same layer, all faults and draws together, corrected after Holm. What the
+table's claims are of is done with three draws of photos, the other losses and controls with the
+first.
 
 That share, and cross entropy for `energy`, were chosen on faults of other planting seeds (104 to
 126, VGG) and another draw of photos: `tune` repeats that, and keeps its rows in WORK/tuned.jsonl.
@@ -89,7 +91,7 @@ ANSWERS = _settings(loss=ARTEFACT_LOSS, distill=DISTILL)
 METHODS: dict[str, Method] = {
     "trust": Method(place="flagged", config=TRUST, every_draw=True),
     "ce": Method(place="flagged", config=CE, every_draw=True),
-    "energy": Method(place="flagged", config=ENERGY),
+    "energy": Method(place="flagged", config=ENERGY, every_draw=True),
     "energy, counterfactuals": Method(
         place="flagged", config=ENERGY, changed=True, every_draw=True
     ),
@@ -130,7 +132,8 @@ TUNED = {
 }
 
 DEFAULT = "default"
-BY_ARTEFACT, BY_MASKS = "answers", "energy, counterfactuals"
+BY_ARTEFACT: dict[str, str] = {"biased": "answers", "balanced": "energy"}
+BY_MASKS = "energy, counterfactuals"
 CONTROLS = ("ce", "planted ce", "dfr", "dfr, counterfactuals")
 SUMMARIZED = {
     "": DEFAULT,
@@ -312,7 +315,8 @@ def with_default(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with those of `default`, which repeat the row that the rule picks."""
     repeated = []
     for row in rows:
-        if row["method"] == (BY_MASKS if row["kind"] == "background" else BY_ARTEFACT):
+        picked = BY_MASKS if row["kind"] == "background" else BY_ARTEFACT[row["regime"]]
+        if row["method"] == picked:
             repeated.append({**row, "method": DEFAULT})
     return [*repeated, *rows]
 
@@ -321,8 +325,7 @@ def with_committed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with those of the results file, of networks that have none here."""
     own = {row["network"] for row in rows}
     kept = [row for row in read_rows("repair_shortcut") if "case" in row]
-    known = {row["network"] for row in kept if row["method"] == BY_ARTEFACT}
-    return [*rows, *(r for r in kept if r["method"] != DEFAULT and r["network"] in known - own)]
+    return [*rows, *(r for r in kept if r["method"] != DEFAULT and r["network"] not in own)]
 
 
 def with_counts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -96,7 +96,8 @@ class Case:
         healthy: The network before.
         faulty: The network with the shortcut.
         planted: The layer that learned it.
-        flagged: The layer that `audit scan` blames first.
+        flagged: The layer that `repair layer` takes after a scan; the most blamed where it would
+            take none.
         conflicting: Photos on which the shortcut is wrong, or says nothing.
         unaffected: Photos that it does not touch, or on which it is right.
         artefact: What an error group of the scan shares; None for backgrounds.
@@ -164,7 +165,7 @@ def mark_cases(
                 healthy=where.program,
                 faulty=faulty,
                 planted=row["planted"],
-                flagged=row["first_blamed"],
+                flagged=row["flagged"] or row["first_blamed"],
                 conflicting=Pool(
                     images=faults.marked(where.judging.images, row["kind"]),
                     labels=where.judging.labels,
@@ -333,7 +334,7 @@ def background_cases(work: Path, networks: Sequence[str], training_seed: int) ->
                 healthy=healthy,
                 faulty=faulty,
                 planted=planted,
-                flagged=found["first_blamed"],
+                flagged=found["flagged"] or found["first_blamed"],
                 conflicting=judged.rows(against),
                 unaffected=judged.rows(~against),
             )
