@@ -27,12 +27,12 @@ from audit.image_gradients import Use, add_gradients, error_margins
 from audit.map_accuracy import energy_inside, pointing_hits
 from audit.map_scores import Objects
 from audit.networks.layers import Layer
-from audit.networks.program import Call, Program
+from audit.networks.program import BatchNorm, Call, Program
 from audit.parallel import Team
 from audit.saliency import layer_map, normalize_maps, target_scores
 from audit.statistics import Interval, auroc
 
-__all__ = ["Gathering", "LayerEvidence", "gather_evidence"]
+__all__ = ["Gathering", "LayerEvidence", "drift_over", "gather_evidence"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +180,50 @@ def gather_evidence(
     return gathering.scores(seed=seed)
 
 
+def drift_over(
+    evidence: Sequence[LayerEvidence], program: Program, batches: Iterable[Tensor]
+) -> list[LayerEvidence]:
+    """Return the evidence with the drift that these images show in place of its own.
+
+    Args:
+        batches: Normalized images, (B, 3, H, W).
+    """
+    norms = _norms(program)
+    outputs: dict[str, ChannelSums] = {}
+    for images in batches:
+        with torch.no_grad():
+            watched, _ = program.watch(images, list(norms))
+        for name, values in watched.items():
+            channels = _channels_second(values)
+            if name not in outputs:
+                outputs[name] = ChannelSums.empty(channels.shape[1], channels.device)
+            outputs[name].add(channels)
+    drifts, started, _ = _drifts(program, norms, outputs)
+    return [
+        replace(
+            one,
+            drift=drifts.get(one.layer.name, math.nan),
+            drift_onset=started.get(one.layer.name, math.nan),
+        )
+        for one in evidence
+    ]
+
+
+def _norms(program: Program) -> dict[str, BatchNorm]:
+    """Return the batch norm behind each layer that has one."""
+    found = {layer.name: program.batch_norm_after(layer.name) for layer in program.layers}
+    return {name: norm for name, norm in found.items() if norm is not None}
+
+
+def _drifts(
+    program: Program, norms: Mapping[str, BatchNorm], outputs: Mapping[str, ChannelSums]
+) -> tuple[dict[str, float], dict[str, float], dict[str, frozenset[str]]]:
+    """Return by layer with batch norm its drift, the onset of it, and which others feed it."""
+    drifts = {name: drift(outputs[name], norm) for name, norm in norms.items() if name in outputs}
+    feeding = {name: program.feeding(name) & drifts.keys() for name in drifts}
+    return drifts, onsets(drifts, feeding), feeding
+
+
 class Gathering:
     """Evidence under way: sums over the images seen so far, and a few numbers of each.
 
@@ -194,9 +238,7 @@ class Gathering:
         self._program = program
         self._layers = list(layers)
         # Of every layer, whichever are scored: the onset compares with all that come before.
-        self._norms = {
-            x.name: norm for x in program.layers if (norm := program.batch_norm_after(x.name))
-        }
+        self._norms = _norms(program)
         scored = [layer.name for layer in layers]
         self._scored = frozenset(scored)
         self._watched = list(dict.fromkeys([*scored, *self._norms]))
@@ -266,14 +308,8 @@ class Gathering:
         if self._with_object:
             inside = {name: of / self._with_object for name, of in self._energies.items()}
         drops = _drops(inside, self._layers)
-        drifts = {
-            name: drift(self._outputs[name], norm)
-            for name, norm in self._norms.items()
-            if name in self._outputs
-        }
+        drifts, started, feeding = _drifts(self._program, self._norms, self._outputs)
         silent = {name: silent_channels(outputs) for name, outputs in self._outputs.items()}
-        feeding = {name: self._program.feeding(name) & drifts.keys() for name in drifts}
-        started = onsets(drifts, feeding)
         rows = self._ordered_rows()
         return [
             replace(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from audit.artefacts import SMALLEST, Artefact, find_artefact
 from audit.groups import ErrorGroup
+from audit.runs import Run
 from audit.wording import percent
 
-__all__ = ["GroupArtefact", "group_artefacts"]
+__all__ = ["GroupArtefact", "find_group_artefact", "group_artefacts"]
 
 LOOKED_AT = 64  # images of a group, twice as many others, four times as many called alike
 ENOUGH = 32  # right images of the same classes to compare with; with fewer, right ones of any class
@@ -113,6 +115,20 @@ def group_artefacts(
             )
         )
     return found
+
+
+def find_group_artefact(run: Run, group: Mapping[str, Any]) -> Artefact | None:
+    """Return the pixels that an error group's images share, None where they share none."""
+    told = group.get("artefact")
+    if not told:
+        return None
+    place = [one["id"] for one in run.groups["groups"]].index(group["id"])
+    mask, picture = run.group_artefact(place)
+    return Artefact(
+        mask=torch.from_numpy(mask),
+        picture=torch.from_numpy(picture).permute(2, 0, 1),
+        threshold=float(told["threshold"]),
+    )
 
 
 def _drawn(places: Integers, at_most: int, generator: np.random.Generator) -> Integers:

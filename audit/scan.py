@@ -22,6 +22,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from audit import console
 from audit.batches import BatchLimit
@@ -30,6 +32,7 @@ from audit.checkpoints import Checkpoints
 from audit.environment import choose_device, peak_memory_mib
 from audit.errors import ImageError
 from audit.evidence import LayerEvidence
+from audit.group_artefacts import find_group_artefact
 from audit.grouping import error_groups
 from audit.images import ImageFolder, load_pixels, open_image_folder
 from audit.images.masks import open_masks
@@ -38,6 +41,7 @@ from audit.networks import Network, open_network
 from audit.networks.layers import Layer, match_layers
 from audit.observing import Findings, Predictions, Subject, loading_workers, observe, score_maps
 from audit.parallel import ALONE, Team
+from audit.plain_images import drift_without_artefacts
 from audit.resuming import check_same_images, unfinished_scan
 from audit.runs import Run, start_run
 from audit.saliency import METHODS, Method, layer_maps, normalize_maps
@@ -180,6 +184,9 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         )
     with timings.measure("groups"):
         fitting.run(lambda smaller: _write_groups(run, smaller, predictions))
+        evidence, plain = fitting.run(
+            lambda smaller: _without_artefacts(run, smaller, evidence, predictions)
+        )
     with timings.measure("trials"):
         trials, channel_trials, held_out = fitting.run(
             lambda smaller: _try_repairs(smaller, evidence, predictions, labels)
@@ -191,6 +198,7 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         channel_trials,
         wrong=wrong,
         images=len(held_out),
+        plain=plain,
     )
     with timings.measure("gallery"):
         fitting.run(lambda smaller: _write_gallery(run, smaller, predictions, labels))
@@ -253,6 +261,31 @@ def _write_groups(run: Run, subject: Subject, predictions: Predictions) -> None:
         )
     run.write_groups(found.document, found.maps, found.pictures, found.artefacts)
     step.finish({})
+
+
+def _without_artefacts(
+    run: Run, subject: Subject, evidence: list[LayerEvidence], predictions: Predictions
+) -> tuple[list[LayerEvidence], int | None]:
+    """Return the evidence with the drift of images that carry no group's artefact, and how many."""
+    if not has_memory(evidence):
+        return evidence, None
+    network, folder, config = subject.network, subject.folder, subject.config
+    found = [find_group_artefact(run, group) for group in run.groups["groups"]]
+    used = [i for i, r in enumerate(folder.records) if r.split != "test" and predictions.loaded[i]]
+
+    def load(positions: NDArray[np.int64]) -> Tensor:
+        return load_pixels(folder, positions.tolist(), network.card.preprocessing).pixels
+
+    return drift_without_artefacts(
+        evidence,
+        network.program,
+        network.normalize,
+        load,
+        np.asarray(used, dtype=np.int64),
+        [artefact for artefact in found if artefact is not None],
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
 
 
 def _try_repairs(

@@ -95,6 +95,7 @@ def judge(
     *,
     wrong: int,
     images: int,
+    plain: int | None = None,
 ) -> Verdict:
     """Return the verdict on the trial repairs of all layers and the evidence beside them.
 
@@ -104,6 +105,8 @@ def judge(
         channel_trials: Trials of their channels, where no batch norm remembers the training.
         wrong: Held-out images that the network gets wrong.
         images: Held-out images that judged the trials.
+        plain: Images without any error group's artefact, whose drift the evidence has; None where
+            it is that of all images.
     """
     numbers: dict[str, Any] = {
         "held_out_images": images,
@@ -125,6 +128,7 @@ def judge(
             "drift": origin.drift,
             "onset": origin.drift_onset,
             "threshold": ONSET_THRESHOLD,
+            "plain_images": plain,
         }
     ranked = ranking(trials)
     best = ranked[0]
@@ -135,9 +139,9 @@ def judge(
             f"No layer's trial repair clearly removes more than {_share(FLAG_THRESHOLD)} of the "
             f"held-out error; the best, `{best.layer.name}`, removes {_percent(best.gain)}."
         )
-        remark = (_drift_reason(origin),) if origin is not None else ()
+        remark = (_drift_reason(origin, plain),) if origin is not None else ()
         return _none((reason, *remark), numbers)
-    return _blame(evidence, ranked, channel_trials, origin, numbers)
+    return _blame(evidence, ranked, channel_trials, origin, plain, numbers)
 
 
 def _blame(
@@ -145,6 +149,7 @@ def _blame(
     ranked: Sequence[TrialRepair],
     channel_trials: Sequence[TrialRepair],
     origin: LayerEvidence | None,
+    plain: int | None,
     numbers: dict[str, Any],
 ) -> Verdict:
     """Return the layers that share most of the blame."""
@@ -157,7 +162,7 @@ def _blame(
         layers = layers[:1]
     numbers["blame_level"] = BLAME_LEVEL
     numbers["blame"] = [{"layer": name, "share": shares[name]} for name in layers]
-    reasons = [_drift_reason(origin)] if origin is not None and is_origin else []
+    reasons = [_drift_reason(origin, plain)] if origin is not None and is_origin else []
     reasons += _trial_reasons(ranked, first)
     reasons += [
         f"That repair gets {100 * trial.broken:.1f} % of the held-out images wrong that were right."
@@ -218,12 +223,13 @@ def _to_repair(layers: Sequence[str], ranked: Sequence[TrialRepair]) -> str:
     return next(within, first)
 
 
-def _drift_reason(origin: LayerEvidence) -> str:
+def _drift_reason(origin: LayerEvidence, plain: int | None) -> str:
     times = math.exp(origin.drift_onset)
+    where = f", on {plain} images without an artefact" if plain is not None else ""
     return (
         f"The outputs of `{origin.layer.name}` have left what its batch norm remembers from "
-        f"training ({origin.drift:.2f} nats a channel), {times:.1f} times as far as those of "
-        "anything that feeds it: it was damaged, or retrained alone."
+        f"training ({origin.drift:.2f} nats a channel{where}), {times:.1f} times as far as those "
+        "of anything that feeds it: it was damaged, or retrained alone."
     )
 
 

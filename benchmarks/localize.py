@@ -36,6 +36,7 @@ import localize_report
 import numpy as np
 import safetensors.torch
 import torch
+from failures import without_artefacts
 
 from audit.blame import has_memory, layer_features, promising, shares_of_blame
 from audit.evidence import LayerEvidence, gather_evidence
@@ -281,7 +282,8 @@ def _described(where: faults.Scene, kind: str, seed: int, fault: faults.Fault) -
 
 def _drawn(where: faults.Scene, kind: str, seed: int) -> faults.Pool:
     pool = faults.presented(where.scanned, kind, seed=seed)
-    order = np.random.default_rng(seed).permutation(len(pool.labels))[:SCANNED]
+    # Another stream than that of the marks: half of the photographs scanned are to carry one.
+    order = np.random.default_rng([seed, SCANNED]).permutation(len(pool.labels))[:SCANNED]
     return pool.rows(torch.from_numpy(order))
 
 
@@ -309,6 +311,9 @@ def scan_result(
     batches = zip(scanned.images.split(32), scanned.labels.split(32), strict=True)
     evidence = gather_evidence(program, batches, list(program.layers), seed=seed)
     evidence_s = time.perf_counter() - started
+    plain: int | None = None
+    if has_memory(evidence):
+        evidence, plain = without_artefacts(evidence, program, scanned)
     given = _trial_images(program, where, kind, seed)
     origin = drift_origin(evidence)
     favored = () if origin is None else (origin.layer.name,)
@@ -337,6 +342,7 @@ def scan_result(
         "layers": len(evidence),
         "tried": len(trials),
         "evidence_s": round(evidence_s, 2),
+        "plain_photos": plain,
         "trials_s": round(trials_s, 2),
         "verdict": verdict.verdict,
         "named": list(verdict.layers),

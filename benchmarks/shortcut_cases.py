@@ -33,17 +33,14 @@ import safetensors.torch
 import small_networks
 import torch
 import torch.nn.functional as F
+from failures import LOOKED_AT, stored, what_failures_share
 from faults import Pool, Scene
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from audit.artefacts import Artefact
-from audit.group_artefacts import group_artefacts
-from audit.groups import find_groups
-from audit.looking import METHOD, draw_images, looking_layer
 from audit.networks.program import Program
 from audit.regions import Box
-from audit.saliency import layer_maps, normalize_maps
 from repair.counterfactuals import draw_donors, without_object
 from repair.guidance import outside_cells
 from repair.image_masks import ImageMasks
@@ -56,7 +53,6 @@ TRAIN, VALIDATION, JUDGED = 300, 100, 500
 AGREEING = 0.95
 PER_CELL = 2  # faults for each network and kind
 MARKS = ("watermark", "border")
-LOOKED_AT = 200  # photos at a time
 
 SIDE = small_networks.SIZE
 GROUPS = (("animals",), ("vehicles", "household"))
@@ -154,7 +150,8 @@ def mark_cases(
         where = scenes[trained]
         path = work / "planted" / f"{row['id']}.safetensors"
         faulty = where.program.with_state(safetensors.torch.load_file(path))
-        artefact, region = _what_failures_share(
+        # What `repair layer` would go by after a scan of these photos.
+        artefacts, regions = what_failures_share(
             faulty, faults.presented(where.scanned, row["kind"], seed=row["seed"])
         )
         found.append(
@@ -171,39 +168,11 @@ def mark_cases(
                     labels=where.judging.labels,
                 ),
                 unaffected=where.judging,
-                artefact=artefact,
-                region=region,
+                artefact=next(iter(artefacts), None),
+                region=regions[0] if regions and not artefacts else (),
             )
         )
     return found
-
-
-def _what_failures_share(faulty: Program, seen: Pool) -> tuple[Artefact | None, tuple[Box, ...]]:
-    """Return what `repair layer` would go by after a scan of these photos: the first error group
-    that shares an artefact, else the first that looked at a region."""
-    with torch.no_grad():
-        said = torch.cat([faulty.logits(part) for part in seen.images.split(LOOKED_AT)])
-    labels, guesses = seen.labels.numpy(), said.argmax(dim=1).numpy()
-    layer = looking_layer(faulty)
-    assert layer is not None
-    drawn = draw_images(labels, guesses, 0)
-    maps = []
-    for rows in torch.from_numpy(drawn).split(LOOKED_AT):
-        images, told = seen.images[rows], said.argmax(dim=1)[rows]
-        found_maps = layer_maps(faulty, images, told, layers=[layer], method=METHOD)
-        maps.append(normalize_maps(next(iter(found_maps.values()))))
-    search = find_groups(labels, guesses, drawn, torch.cat(maps).numpy(), classes=said.shape[1])
-    pixels = stored(seen.images)
-    found = group_artefacts(lambda rows: pixels[rows], labels, guesses, search.groups, seed=0)
-    shared = next((one.artefact for one in found if one is not None), None)
-    regions = [group.region.cell_boxes for group in search.groups if group.region is not None]
-    return shared, regions[0] if regions and shared is None else ()
-
-
-def stored(images: Tensor) -> Tensor:
-    """Return normalized photos as files hold them, uint8."""
-    levels = (images * cats_dogs.STD + cats_dogs.MEAN) * 255
-    return levels.round().clamp(0, 255).to(torch.uint8)
 
 
 def lessons(case: Case, regime: Regime, seed: int, work: Path) -> Lessons:

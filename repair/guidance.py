@@ -19,6 +19,7 @@ from torch import Tensor
 
 from audit.artefacts import Artefact
 from audit.errors import RunError, UsageError
+from audit.group_artefacts import find_group_artefact
 from audit.images import ImageFolder
 from audit.images.decoding import UnreadableImageError
 from audit.images.masks import object_mask, open_masks
@@ -260,20 +261,6 @@ def _away_from(
         sentence=sentence,
         images=len(positions),
         artefact=artefact,
-    )
-
-
-def find_group_artefact(run: Run, group: Mapping[str, Any]) -> Artefact | None:
-    """Return the pixels that an error group's images share, None where they share none."""
-    told = group.get("artefact")
-    if not told:
-        return None
-    place = [one["id"] for one in run.groups["groups"]].index(group["id"])
-    mask, picture = run.group_artefact(place)
-    return Artefact(
-        mask=torch.from_numpy(mask),
-        picture=torch.from_numpy(picture).permute(2, 0, 1),
-        threshold=float(told["threshold"]),
     )
 
 
