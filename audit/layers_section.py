@@ -122,7 +122,7 @@ EVIDENCE = (
         column="bn_drift",
         heading="Drift",
         explanation="How far the layer's output is from what the batch norm behind it remembers, "
-        "in nats.",
+        "in nats; on images without the artefact that an error group shares, where there is one.",
         panel=True,
     ),
     Evidence(
