@@ -259,7 +259,7 @@ def run_case(planted: dict[str, Any], folder: Path, options: argparse.Namespace)
         ]
     )
     run = newest_run(runs)
-    # Without --name the verdict's first layer is repaired; a verdict `none` names no layer.
+    # Without --name the layer that the verdict flags is repaired; a verdict `none` flags none.
     name = ["--name", _first_ranked(run.layers)] if run.verdict["verdict"] == "none" else []
     repair = run_command(["repair", "layer", "--run", run.path, *name, *options.repair])
     export = run_command(["repair", "export", "--run", run.path])

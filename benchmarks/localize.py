@@ -161,10 +161,15 @@ def _healthy(name: str, options: argparse.Namespace) -> None:
 
 def _repair(name: str, options: argparse.Namespace) -> None:
     """Repair every layer in full, of the first faults that took of every kind."""
-    rows = [row for row in _read(options.rows) if row["network"] == name and row["took"]]
+    rows = [
+        row
+        for row in _read(options.rows)
+        if (row["network"], row.get("training_seed", 0)) == (name, options.training_seed)
+        and row["took"]
+    ]
     kept = options.rows.with_name("repairs.jsonl")
     done = {row["id"] for row in _read(kept)}
-    where = faults.scene(name, options.work)
+    where = faults.scene(name, options.work, training_seed=options.training_seed)
     for row in sorted(rows, key=lambda row: row["seed"])[: options.faults]:
         if row["id"] not in done:
             state = safetensors.torch.load_file(_path(options.work, row["id"]))
