@@ -173,8 +173,9 @@ def _not_faulty(rows: Sequence[Row]) -> list[Row]:
 
 
 def _on_marks(row: Row) -> bool:
-    """Whether a healthy network was shown marks; harmless faults count as they are."""
-    return row["planted"] is None and row["kind"] != "none"
+    """Whether photographs with marks were scanned: where a network is wrong about a mark it was never
+    shown, a trial repairs that, whether or not a layer was taught the mark as well."""
+    return row["kind"] in ("watermark", "border")
 
 
 def _alarms(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -184,6 +185,7 @@ def _alarms(rows: Sequence[Row]) -> list[dict[str, Any]]:
             ("healthy", False, False),
             ("healthy, on marks", False, True),
             ("harmless", True, False),
+            ("harmless, on marks", True, True),
         ):
             own = [
                 row
