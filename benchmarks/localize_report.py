@@ -173,8 +173,8 @@ def _not_faulty(rows: Sequence[Row]) -> list[Row]:
 
 
 def _on_marks(row: Row) -> bool:
-    """Whether photographs with marks were scanned: where a network is wrong about a mark it was never
-    shown, a trial repairs that, whether or not a layer was taught the mark as well."""
+    """Whether photographs with marks were scanned: where a network is wrong about a mark it was
+    never shown, a trial repairs that, whether or not a layer was taught the mark as well."""
     return row["kind"] in ("watermark", "border")
 
 
