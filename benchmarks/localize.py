@@ -5,8 +5,8 @@ training nor planting used are then scanned as `audit scan` does: evidence, tria
 Every score ranks the layers; ties count against the score, and a layer without a score ranks last.
 Healthy networks, and faults too small to count, stand in rows of their own: how often they are
 called faulty. Drift, the published score too, is looked at where the scan looks at it: without the
-artefact that failures share. Full repairs of every layer (`full_repairs.py`) say what a wrong choice
-costs.
+artefact that failures share. Full repairs of every layer (`full_repairs.py`) say what a wrong
+choice costs.
 
 Rows are kept as they come in WORK/rows.jsonl, and a run goes on where the last one stopped. What
 the product holds fixed was chosen on the seeds of TUNING alone, with `--tuning`, which keeps its
