@@ -164,11 +164,6 @@ def _blame(
     numbers["blame"] = [{"layer": name, "share": shares[name]} for name in layers]
     reasons = [_drift_reason(origin, plain)] if origin is not None and is_origin else []
     reasons += _trial_reasons(ranked, first)
-    reasons += [
-        f"That repair gets {100 * trial.broken:.1f} % of the held-out images wrong that were right."
-        for trial in ranked
-        if trial.layer.name == first and trial.broken > 0
-    ]
     reasons += _channel_reasons(first, channel_trials)
     flagged = _to_repair(layers, ranked)
     if localized:
@@ -246,17 +241,20 @@ def _channel_reasons(layer: str, channel_trials: Sequence[TrialRepair]) -> list[
 
 def _trial_reasons(ranked: Sequence[TrialRepair], layer: str) -> list[str]:
     """Say what a short repair of the layer does, and of the layer where it does most."""
-    best = ranked[0]
-    if best.layer.name == layer:
-        return [_first_reason(ranked)]
-    reasons = [
-        f"{_removes(trial)} of the held-out error." for trial in ranked if trial.layer.name == layer
+    best, own = ranked[0], [trial for trial in ranked if trial.layer.name == layer]
+    broken = [
+        f"That repair gets {100 * trial.broken:.1f} % of the held-out images wrong that were right."
+        for trial in own
+        if trial.broken > 0
     ]
-    reasons.append(
+    if best.layer.name == layer:
+        return [_first_reason(ranked), *broken]
+    return [
+        *(f"{_removes(trial)} of the held-out error." for trial in own),
+        *broken,
         f"A short repair does most in `{best.layer.name}`, {_percent(best.gain)}: another "
-        "layer can often undo what the one at fault does."
-    )
-    return reasons
+        "layer can often undo what the one at fault does.",
+    ]
 
 
 def _instead_reason(ranked: Sequence[TrialRepair], layers: Sequence[str], flagged: str) -> str:

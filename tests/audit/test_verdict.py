@@ -96,6 +96,14 @@ def test_where_drift_sets_in_is_named_before_whatever_layer_repairs_best() -> No
     assert found.numbers["best"] == {"layer": "b", **TRIALS[1].gain.as_dict()}
 
 
+def test_what_a_repair_breaks_is_said_of_that_repair() -> None:
+    trials = [removing("a", 0.05, broken=0.025), removing("b", 0.43), removing("c", 0.40)]
+    reasons = verdict_on(SET_IN, trials).reasons
+    at = next(i for i, reason in enumerate(reasons) if reason.startswith("Retraining `a` alone"))
+    assert reasons[at + 1].startswith("That repair gets 2.5 % of the held-out images wrong")
+    assert "does most in `b`" in reasons[at + 2]
+
+
 def test_layers_that_share_the_blame_are_spread_most_blamed_first() -> None:
     found = verdict_on()
     shares = shares_of_blame(QUIET, TRIALS, ())
