@@ -22,7 +22,7 @@ from audit.networks import Network
 from audit.regions import REGIONS, looked_at
 from audit.statistics import wilson
 
-__all__ = ["FoundGroups", "error_groups"]
+__all__ = ["FoundGroups", "error_groups", "pixel_loader", "positions_looked_at"]
 
 EXAMPLES = 8
 
@@ -46,6 +46,28 @@ class FoundGroups:
     artefacts: dict[str, NDArray[np.generic]]
 
 
+def positions_looked_at(folder: ImageFolder, predicted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where the images stand that could be loaded and are not in the test split.
+
+    Args:
+        predicted: Predicted class of each image of the folder, -1 where it was not loaded.
+    """
+    used = [i for i, r in enumerate(folder.records) if r.split != "test" and predicted[i] >= 0]
+    return np.asarray(used, dtype=np.int64)
+
+
+def pixel_loader(
+    network: Network, folder: ImageFolder, positions: NDArray[np.int64]
+) -> Callable[[NDArray[np.int64]], Tensor]:
+    """Return what loads images by their rows in some positions, uint8 (n, 3, H, W); those that
+    cannot be read are left out."""
+
+    def load(rows: NDArray[np.int64]) -> Tensor:
+        return load_pixels(folder, positions[rows].tolist(), network.card.preprocessing).pixels
+
+    return load
+
+
 def error_groups(
     network: Network,
     folder: ImageFolder,
@@ -65,9 +87,8 @@ def error_groups(
         seed: Of the draw of images that are looked at, where there are many.
         progress: Called with the number of images after each batch.
     """
-    used = [i for i, r in enumerate(folder.records) if r.split != "test" and predicted[i] >= 0]
-    positions = np.asarray(used, dtype=np.int64)
-    labels = np.array([folder.records[i].label for i in used], dtype=np.int64)
+    positions = positions_looked_at(folder, predicted)
+    labels = np.array([folder.records[i].label for i in positions], dtype=np.int64)
     guesses = np.asarray(predicted[positions], dtype=np.int64)
     layer = looking_layer(network.program)
     mapped, maps = np.empty(0, dtype=np.int64), np.zeros((0, 1, 1), dtype=np.float32)
@@ -80,10 +101,7 @@ def error_groups(
     search = find_groups(labels, guesses, mapped, maps, classes=len(classes))
     examples = _examples(search.groups, mapped, p_predicted[positions])
     preprocessing = network.card.preprocessing
-
-    def load(rows: NDArray[np.int64]) -> Tensor:
-        return load_pixels(folder, positions[rows].tolist(), preprocessing).pixels
-
+    load = pixel_loader(network, folder, positions)
     artefacts = group_artefacts(load, labels, guesses, search.groups, seed=seed)
     shown = sorted({int(i) for chosen in examples for i in chosen})
     entries = {

@@ -22,8 +22,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from audit import console
 from audit.batches import BatchLimit
@@ -33,7 +31,7 @@ from audit.environment import choose_device, peak_memory_mib
 from audit.errors import ImageError
 from audit.evidence import LayerEvidence
 from audit.group_artefacts import find_group_artefact
-from audit.grouping import error_groups
+from audit.grouping import error_groups, pixel_loader, positions_looked_at
 from audit.images import ImageFolder, load_pixels, open_image_folder
 from audit.images.masks import open_masks
 from audit.map_scores import judge_maps
@@ -271,17 +269,13 @@ def _without_artefacts(
         return evidence, None
     network, folder, config = subject.network, subject.folder, subject.config
     found = [find_group_artefact(run, group) for group in run.groups["groups"]]
-    used = [i for i, r in enumerate(folder.records) if r.split != "test" and predictions.loaded[i]]
-
-    def load(positions: NDArray[np.int64]) -> Tensor:
-        return load_pixels(folder, positions.tolist(), network.card.preprocessing).pixels
-
+    positions = positions_looked_at(folder, predictions.predicted)
     return drift_without_artefacts(
         evidence,
         network.program,
         network.normalize,
-        load,
-        np.asarray(used, dtype=np.int64),
+        pixel_loader(network, folder, positions),
+        np.arange(len(positions)),
         [artefact for artefact in found if artefact is not None],
         batch_size=config.batch_size,
         seed=config.seed,

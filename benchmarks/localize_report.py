@@ -208,6 +208,12 @@ def _alarms(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return tables
 
 
+def to_repair(row: Row) -> str:
+    """Return the layer that a row's verdict says to repair; the most blamed one where it names
+    none, and of rows from before verdicts said it."""
+    return str(row.get("flagged") or row["first_blamed"])
+
+
 def _regrets(repairs: Sequence[Row], counted: Sequence[Row]) -> list[dict[str, Any]]:
     known = {row["id"]: row for row in counted}
     found: list[dict[str, Any]] = []
@@ -219,8 +225,7 @@ def _regrets(repairs: Sequence[Row], counted: Sequence[Row]) -> list[dict[str, A
         best = max(right.values())
         group = "weight" if fault["kind"] in faults.WEIGHT_KINDS else "learned"
         chosen = {
-            # Rows from before a verdict said which layer to repair have the most blamed one.
-            "ours": fault.get("flagged") or fault["first_blamed"],
+            "ours": to_repair(fault),
             "most_blamed": fault["first_blamed"],
             "weight_trial": fault["first_by_trial"],
             "planted": fault["planted"],

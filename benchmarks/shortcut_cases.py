@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from failures import LOOKED_AT, stored, what_failures_share
 from faults import Pool, Scene
+from localize_report import to_repair
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
@@ -162,7 +163,7 @@ def mark_cases(
                 healthy=where.program,
                 faulty=faulty,
                 planted=row["planted"],
-                flagged=row["flagged"] or row["first_blamed"],
+                flagged=to_repair(row),
                 conflicting=Pool(
                     images=faults.marked(where.judging.images, row["kind"]),
                     labels=where.judging.labels,
@@ -303,7 +304,7 @@ def background_cases(work: Path, networks: Sequence[str], training_seed: int) ->
                 healthy=healthy,
                 faulty=faulty,
                 planted=planted,
-                flagged=found["flagged"] or found["first_blamed"],
+                flagged=to_repair(found),
                 conflicting=judged.rows(against),
                 unaffected=judged.rows(~against),
             )

@@ -10,7 +10,18 @@ from safetensors.torch import save_file
 from audit.networks import ModelCard, Preprocessing, write_card
 from audit.networks.small_vgg import ARCHITECTURE, SmallVGG
 
-__all__ = ["save_with_card"]
+__all__ = ["preprocessing", "save_with_card"]
+
+
+def preprocessing(side: int) -> Preprocessing:
+    """Return that of a network that takes (pixels / 255 - 0.5) / 0.25 of square images."""
+    return Preprocessing(
+        input_size=(side, side),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        interpolation="bilinear",
+        crop=1.0,
+    )
 
 
 def save_with_card(
@@ -44,13 +55,7 @@ def save_with_card(
             "convolutions": list(convolutions),
         },
         classes=tuple(classes),
-        preprocessing=Preprocessing(
-            input_size=(side, side),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
-            interpolation="bilinear",
-            crop=1.0,
-        ),
+        preprocessing=preprocessing(side),
         provenance={"trained_by": trained_by},
     )
     write_card(card, path.with_suffix(".toml"))

@@ -14,13 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from audit.artefacts import Artefact
-from audit.evidence import drift_over, gather_evidence
-from audit.networks import ModelCard, Preprocessing, write_card
+from audit.evidence import LayerEvidence, drift_over, gather_evidence
+from audit.networks import ModelCard, write_card
 from audit.networks.program import Program
 from audit.plain_images import FEWEST, MOST, drift_without_artefacts, plain_pixels
 from audit.runs import Run
 from audit.scan import ScanConfig, ScanRequest, scan_model
 from audit.verdict import ONSET_THRESHOLD, drift_origin
+from tests.small_model import preprocessing
 
 SIDE = 16
 BADGE = np.s_[10:15, 10:15]
@@ -104,13 +105,13 @@ def test_drift_over_other_images_is_what_a_gathering_of_these_finds(faulty: Prog
     pixels, labels = pictures(96, seed=2)
     layers = list(faulty.layers)[1:]  # the onset compares with layers that are not scored, too
 
-    def gathered(images: Tensor) -> list[object]:
+    def gathered(images: Tensor) -> list[LayerEvidence]:
         batches = zip(images.split(32), labels.split(32), strict=True)
-        return list(gather_evidence(faulty, batches, layers, seed=0))
+        return gather_evidence(faulty, batches, layers, seed=0)
 
     plain, marked = normalized(pixels), normalized(badged(pixels))
     first, expected = gathered(marked), gathered(plain)
-    found = drift_over(first, faulty, plain.split(40))  # type: ignore[arg-type]
+    found = drift_over(first, faulty, plain.split(40))
     for one, before, other in zip(found, first, expected, strict=True):
         for name, value in vars(one).items():
             source = other if name in ("drift", "drift_onset") else before
@@ -196,14 +197,7 @@ def _photos(root: Path) -> Path:
 def _scan(program: Program, folder: Path) -> Run:
     model = folder / "badge.pt2"
     torch.export.save(program.to_exported(), model)
-    settings = Preprocessing(
-        input_size=(SIDE, SIDE),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        interpolation="nearest",
-        crop=1.0,
-    )
-    card = ModelCard(arch=None, classes=("left", "right"), preprocessing=settings)
+    card = ModelCard(arch=None, classes=("left", "right"), preprocessing=preprocessing(SIDE))
     write_card(card, model.with_suffix(".toml"))
     request = ScanRequest(model=str(model), data=_photos(folder / "photos"), out=folder / "runs")
     return scan_model(request, ScanConfig())

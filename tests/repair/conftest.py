@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from audit.images import ImageFolder, load_pixels, open_image_folder
-from audit.networks import ModelCard, Network, Preprocessing, open_network, write_card
+from audit.networks import ModelCard, Network, open_network, write_card
 from audit.networks.small_vgg import ARCHITECTURE, SmallVGG
 from audit.runs import RepairFolder, Run, open_repair, open_run, start_run
 from repair.config import RepairConfig
 from repair.decision import Predictions
 from repair.export import Exported, ExportRequest, export_network
 from repair.layer import RepairRequest, repair_layer
+from tests.small_model import preprocessing
 
 CLASSES = ("disk", "square", "stripes")
 DAMAGED = "block2_conv1"
@@ -65,13 +66,7 @@ def card() -> ModelCard:
         arch=ARCHITECTURE,
         arch_args={"classes": 3, "widths": list(WIDTHS), "convolutions": list(CONVOLUTIONS)},
         classes=CLASSES,
-        preprocessing=Preprocessing(
-            input_size=(SIDE, SIDE),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
-            interpolation="bilinear",
-            crop=1.0,
-        ),
+        preprocessing=preprocessing(SIDE),
         provenance={"trained_by": "tests/repair/conftest.py"},
     )
 
