@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from audit import console
+from audit.artefacts import Artefact
 from audit.batches import BatchLimit
 from audit.blame import has_memory, promising
 from audit.checkpoints import Checkpoints
@@ -182,8 +183,10 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         )
     with timings.measure("groups"):
         fitting.run(lambda smaller: _write_groups(run, smaller, predictions))
+        found = [find_group_artefact(run, group) for group in run.groups["groups"]]
+        artefacts = [artefact for artefact in found if artefact is not None]
         evidence, plain = fitting.run(
-            lambda smaller: _without_artefacts(run, smaller, evidence, predictions)
+            lambda smaller: _without_artefacts(smaller, artefacts, evidence, predictions)
         )
     with timings.measure("trials"):
         trials, channel_trials, held_out = fitting.run(
@@ -196,6 +199,7 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         channel_trials,
         wrong=wrong,
         images=len(held_out),
+        artefacts=len(artefacts),
         plain=plain,
     )
     with timings.measure("gallery"):
@@ -262,13 +266,15 @@ def _write_groups(run: Run, subject: Subject, predictions: Predictions) -> None:
 
 
 def _without_artefacts(
-    run: Run, subject: Subject, evidence: list[LayerEvidence], predictions: Predictions
+    subject: Subject,
+    artefacts: Sequence[Artefact],
+    evidence: list[LayerEvidence],
+    predictions: Predictions,
 ) -> tuple[list[LayerEvidence], int | None]:
     """Return the evidence with the drift of images that carry no group's artefact, and how many."""
     if not has_memory(evidence):
         return evidence, None
     network, folder, config = subject.network, subject.folder, subject.config
-    found = [find_group_artefact(run, group) for group in run.groups["groups"]]
     positions = positions_looked_at(folder, predictions.predicted)
     return drift_without_artefacts(
         evidence,
@@ -276,7 +282,7 @@ def _without_artefacts(
         network.normalize,
         pixel_loader(network, folder, positions),
         np.arange(len(positions)),
-        [artefact for artefact in found if artefact is not None],
+        artefacts,
         batch_size=config.batch_size,
         seed=config.seed,
     )

@@ -186,11 +186,15 @@ def trial_repairs(
                 {"spent_s": spent_s, "done": done, "entrants": entrants, "trials": states}
             )
 
+    unbegun = [trials[name] for name in entrants if not trials[name].steps]
+    first_gradients = _first_gradients(program, unbegun, every_image[:learning], labels, config)
     for steps in [steps for steps in config.rounds if steps > done]:
         waiting = [name for name in entrants if trials[name].steps < steps]
         for name, crossing in program.prefixes(every_image, waiting):
             if steps == config.rounds[0] and _spent(started_s, config):
                 break
+            if name in first_gradients:
+                trials[name].begin(first_gradients.pop(name))
             trials[name].advance(
                 steps,
                 [tensor[:learning] for tensor in crossing],
@@ -357,6 +361,7 @@ class _Trial:
     """One layer's trial, which goes on where its last round ended.
 
     Attributes:
+        split: The network cut at the layer.
         steps: Steps taken so far.
         error: Summed cross entropy of the held-out images after them; infinite before any.
         seconds_a_step: Time of one step of each run, judging included.
@@ -366,11 +371,17 @@ class _Trial:
         self.steps = 0
         self.error = math.inf
         self.seconds_a_step = 0.0
-        self._split, self._config, self._halves = split, config, halves
+        self.split, self._config, self._halves = split, config, halves
         self._runs: dict[float, _Run] = {}
         self._chosen: tuple[float, float] = (math.nan, math.nan)  # by half
         self._judged: dict[float, _Judged] = {}
         self._errors: list[float] = []
+
+    def begin(self, gradients: Sequence[Tensor]) -> None:
+        """Take the first step at every size."""
+        for size in self._config.step_sizes:
+            self._runs[size] = _Run(self.split, self._config, size)
+            self._runs[size].step(gradients)
 
     def advance(
         self,
@@ -383,11 +394,12 @@ class _Trial:
         """Go on until so many steps have been taken, and judge."""
         started_s = time.perf_counter()
         before = self.steps
-        if not self._runs:
-            self._start(crossing, labels)
         for run in self._runs.values():
             while run.steps < steps:
-                run.step(self._gradients(run, crossing, labels))
+                (gradients,) = _gradients(
+                    self.split, [run], crossing, labels, self._config.batch_size
+                )
+                run.step(gradients)
         self._judged = {
             size: self._judge(run, held_out, held_out_labels, self._judges(size))
             for size, run in self._runs.items()
@@ -430,7 +442,7 @@ class _Trial:
             size: _Judged(entropies.numpy(), right.numpy())
             for size, (entropies, right) in state["judged"].items()
         }
-        self._runs = {size: _Run(self._split, self._config, size) for size in state["runs"]}
+        self._runs = {size: _Run(self.split, self._config, size) for size in state["runs"]}
         for size, run in self._runs.items():
             run.restore(state["runs"][size])
 
@@ -440,7 +452,7 @@ class _Trial:
         total = float(before.cross_entropies.sum())
         broken = float((before.right & ~after.right).sum() / max(int(before.right.sum()), 1))
         return TrialRepair(
-            layer=self._split.layer,
+            layer=self.split.layer,
             steps=self.steps,
             gain=error_share_removed(before.cross_entropies, after.cross_entropies, seed=seed),
             gains=tuple(1 - error / max(total, 1e-12) for error in self._errors),
@@ -449,14 +461,6 @@ class _Trial:
             cross_entropies_before=before.cross_entropies,
             cross_entropies_after=after.cross_entropies,
         )
-
-    def _start(self, crossing: Sequence[Tensor], labels: Tensor) -> None:
-        """Take the first step at every size, from one gradient."""
-        for size in self._config.step_sizes:
-            self._runs[size] = _Run(self._split, self._config, size)
-        gradients = self._gradients(next(iter(self._runs.values())), crossing, labels)
-        for run in self._runs.values():
-            run.step(gradients)
 
     def _choose(self) -> None:
         """Let each half of the held-out images be judged at the size that the other half chose."""
@@ -478,19 +482,6 @@ class _Trial:
             np.where(in_first, first.right, second.right),
         )
 
-    def _gradients(self, run: _Run, crossing: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
-        """Return the gradient of the mean cross entropy of all trial images."""
-        leaves = {name: value.detach().requires_grad_() for name, value in run.leaves.items()}
-        sums = [torch.zeros_like(value) for value in leaves.values()]
-        for part in _parts(len(labels), self._config.batch_size):
-            logits = self._split.folded_suffix([t[part] for t in crossing], run.parameters(leaves))
-            loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(labels)
-            for total, gradient in zip(
-                sums, torch.autograd.grad(loss, list(leaves.values())), strict=True
-            ):
-                total += gradient
-        return sums
-
     def _judges(self, size: float) -> np.ndarray:
         """Return the held-out images that judge a size: all, until they have made their choice;
         from then on those for which it was chosen."""
@@ -509,7 +500,7 @@ class _Trial:
             parameters = run.parameters(run.leaves)
             logits = torch.cat(
                 [
-                    self._split.folded_suffix([tensor[part] for tensor in held_out], parameters)
+                    self.split.folded_suffix([tensor[part] for tensor in held_out], parameters)
                     for part in _parts(len(rows), self._config.batch_size)
                 ]
             )
@@ -517,6 +508,41 @@ class _Trial:
         cross_entropies, right = np.full(len(labels), np.nan), np.zeros(len(labels), dtype=bool)
         cross_entropies[judges], right[judges] = judged.cross_entropies, judged.right
         return _Judged(cross_entropies, right)
+
+
+def _first_gradients(
+    program: Program, trials: Sequence[_Trial], images: Tensor, labels: Tensor, config: TrialConfig
+) -> dict[str, list[Tensor]]:
+    """Return by layer the gradients that the first step of its trial takes.
+
+    No layer has changed before it, so that one pass over the network gives those of all layers.
+    """
+    splits = [trial.split for trial in trials]
+    runs = [_Run(split, config, config.step_sizes[0]) for split in splits]
+    found = _gradients(program.uncut(), runs, [images], labels, config.batch_size)
+    return {split.layer.name: own for split, own in zip(splits, found, strict=True)}
+
+
+def _gradients(
+    split: Split, runs: Sequence[_Run], crossing: Sequence[Tensor], labels: Tensor, batch_size: int
+) -> list[list[Tensor]]:
+    """Return the gradients of the mean cross entropy of all images by what each run may change."""
+    leaves = [
+        {name: value.detach().requires_grad_() for name, value in run.leaves.items()}
+        for run in runs
+    ]
+    asked = [value for own in leaves for value in own.values()]
+    sums = [torch.zeros_like(value) for value in asked]
+    for part in _parts(len(labels), batch_size) if runs else ():
+        changed: dict[str, Tensor] = {}
+        for run, own in zip(runs, leaves, strict=True):
+            changed |= run.parameters(own)
+        logits = split.folded_suffix([tensor[part] for tensor in crossing], changed)
+        loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(labels)
+        for total, gradient in zip(sums, torch.autograd.grad(loss, asked), strict=True):
+            total += gradient
+    remaining = iter(sums)
+    return [[next(remaining) for _ in own] for own in leaves]
 
 
 def _parts(images: int, batch_size: int) -> list[slice]:

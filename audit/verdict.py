@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from audit.blame import shares_of_blame, suspects
@@ -29,8 +29,9 @@ __all__ = [
 
 FLAG_THRESHOLD = 0.10
 """Share of the held-out error that the best trial must remove before anything is flagged: with the
-lower end of its interval, or with its value where drift or silent channels say that the network
-was changed. Trials on healthy networks stay below it (ARCHITECTURE.md)."""
+lower end of its interval, or with its value where something else says that the network is at fault:
+drift, silent channels, or an artefact that failing images share. Trials on healthy networks stay
+below it (ARCHITECTURE.md)."""
 
 SILENT_THRESHOLD = 0.2
 """Share of a layer's channels that must be silent to say that the layer was changed. Training
@@ -95,6 +96,7 @@ def judge(
     *,
     wrong: int,
     images: int,
+    artefacts: int = 0,
     plain: int | None = None,
 ) -> Verdict:
     """Return the verdict on the trial repairs of all layers and the evidence beside them.
@@ -105,6 +107,7 @@ def judge(
         channel_trials: Trials of their channels, where no batch norm remembers the training.
         wrong: Held-out images that the network gets wrong.
         images: Held-out images that judged the trials.
+        artefacts: How many error groups share one.
         plain: Images without any error group's artefact, whose drift the evidence has; None where
             it is that of all images.
     """
@@ -114,6 +117,7 @@ def judge(
         "layers_tried": len(trials),
         "trial_steps": max((trial.steps for trial in trials), default=0),
         "flag_threshold": FLAG_THRESHOLD,
+        "artefacts": artefacts,
     }
     if not trials or wrong < MINIMUM_ERRORS:
         reason = (
@@ -133,15 +137,40 @@ def judge(
     ranked = ranking(trials)
     best = ranked[0]
     numbers["best"] = {"layer": best.layer.name, **best.gain.as_dict()}
-    changed = origin is not None or any(one.silent_channels >= SILENT_THRESHOLD for one in evidence)
-    if (best.gain.value if changed else best.gain.low) <= FLAG_THRESHOLD:
+    signs = _other_signs(evidence, origin, artefacts)
+    if (best.gain.value if signs else best.gain.low) <= FLAG_THRESHOLD:
         reason = (
             f"No layer's trial repair clearly removes more than {_share(FLAG_THRESHOLD)} of the "
             f"held-out error; the best, `{best.layer.name}`, removes {_percent(best.gain)}."
         )
         remark = (_drift_reason(origin, plain),) if origin is not None else ()
         return _none((reason, *remark), numbers)
-    return _blame(evidence, ranked, channel_trials, origin, plain, numbers)
+    found = _blame(evidence, ranked, channel_trials, origin, plain, numbers)
+    if best.gain.low > FLAG_THRESHOLD:
+        return found
+    said = (
+        f"These images alone do not settle that a repair of `{best.layer.name}` removes more than "
+        f"{_share(FLAG_THRESHOLD)} ({_percent(best.gain)}); that there is a fault is also said by "
+        f"{' and '.join(signs)}."
+    )
+    return replace(found, reasons=(*found.reasons, said))
+
+
+def _other_signs(
+    evidence: Sequence[LayerEvidence], origin: LayerEvidence | None, artefacts: int
+) -> list[str]:
+    """Return what says that the network is at fault, the trials aside."""
+    signs = [f"the drift of `{origin.layer.name}`"] if origin is not None else []
+    most = max(evidence, key=lambda one: _known(one.silent_channels), default=None)
+    if most is not None and _known(most.silent_channels) >= SILENT_THRESHOLD:
+        signs.append(f"the silent channels of `{most.layer.name}`")
+    if artefacts:
+        signs.append("the artefact that failing images share")
+    return signs
+
+
+def _known(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
 
 
 def _blame(

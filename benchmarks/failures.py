@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from cats_dogs import MEAN, STD
@@ -45,10 +47,9 @@ def what_failures_share(
 
 
 def without_artefacts(
-    evidence: list[LayerEvidence], program: Program, seen: Pool
+    evidence: list[LayerEvidence], program: Program, seen: Pool, artefacts: Sequence[Artefact]
 ) -> tuple[list[LayerEvidence], int | None]:
-    """Return the evidence with the drift of photos without what failures share, and how many."""
-    artefacts, _ = what_failures_share(program, seen)
+    """Return the evidence with the drift of photos without the artefacts, and how many."""
     pixels = stored(seen.images)
     return drift_without_artefacts(
         evidence,

@@ -38,7 +38,7 @@ import localize_report
 import numpy as np
 import safetensors.torch
 import torch
-from failures import without_artefacts
+from failures import what_failures_share, without_artefacts
 
 from audit.blame import has_memory, layer_features, promising, shares_of_blame
 from audit.evidence import LayerEvidence, gather_evidence
@@ -318,9 +318,10 @@ def scan_result(
     batches = zip(scanned.images.split(32), scanned.labels.split(32), strict=True)
     evidence = gather_evidence(program, batches, list(program.layers), seed=seed)
     evidence_s = time.perf_counter() - started
+    artefacts, _ = what_failures_share(program, scanned)
     plain: int | None = None
     if has_memory(evidence):
-        evidence, plain = without_artefacts(evidence, program, scanned)
+        evidence, plain = without_artefacts(evidence, program, scanned, artefacts)
     given = _trial_images(program, where, kind, seed)
     origin = drift_origin(evidence)
     favored = () if origin is None else (origin.layer.name,)
@@ -341,7 +342,13 @@ def scan_result(
     with torch.no_grad():
         said = torch.cat([program.logits(part).argmax(dim=1) for part in given[2].split(64)])
     verdict = judge(
-        trials, evidence, channels, wrong=int((said != given[3]).sum()), images=len(given[3])
+        trials,
+        evidence,
+        channels,
+        wrong=int((said != given[3]).sum()),
+        images=len(given[3]),
+        artefacts=len(artefacts),
+        plain=plain,
     )
     shares = shares_of_blame(evidence, trials, channels)
     best = ranking(trials)[0].gain
@@ -349,6 +356,7 @@ def scan_result(
         "layers": len(evidence),
         "tried": len(trials),
         "evidence_s": round(evidence_s, 2),
+        "artefacts": len(artefacts),
         "plain_photos": plain,
         "trials_s": round(trials_s, 2),
         "verdict": verdict.verdict,

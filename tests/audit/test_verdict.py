@@ -77,8 +77,9 @@ def verdict_on(
     trials: Sequence[TrialRepair] = TRIALS,
     channel_trials: Sequence[TrialRepair] = (),
     wrong: int = 40,
+    artefacts: int = 0,
 ) -> Verdict:
-    return judge(trials, scores, channel_trials, wrong=wrong, images=N)
+    return judge(trials, scores, channel_trials, wrong=wrong, images=N, artefacts=artefacts)
 
 
 def test_where_drift_sets_in_is_named_before_whatever_layer_repairs_best() -> None:
@@ -251,16 +252,37 @@ def test_a_gain_of_next_to_nothing_is_not_called_minus_zero() -> None:
     assert "removes 0 % [0, 0]" in reason
 
 
-@pytest.mark.parametrize("sign", ["drift", "silence", "silence as trained", None])
-def test_a_gain_that_is_not_settled_flags_where_the_network_was_changed(sign: str | None) -> None:
+@pytest.mark.parametrize("sign", ["drift", "silence", "silence as trained", "artefact", None])
+def test_a_gain_that_is_not_settled_flags_where_something_else_says_so(sign: str | None) -> None:
     after = BEFORE * (1.05 + np.random.default_rng(2).normal(0, 1.8, N))
     unsettled = trial("a", after)
     assert unsettled.gain.value > FLAG_THRESHOLD > unsettled.gain.low
     scores = SET_IN if sign == "drift" else QUIET
     silent = {"silence": 0.2, "silence as trained": 0.125}.get(sign or "", 0.0)
     scores = [dataclasses.replace(scores[0], silent_channels=silent), *scores[1:]]
-    found = verdict_on(scores, [unsettled, removing("b", 0.0)])
-    assert (found.verdict != "none") is (sign in ("drift", "silence"))
+    shared = 2 if sign == "artefact" else 0
+    found = verdict_on(scores, [unsettled, removing("b", 0.0)], artefacts=shared)
+    assert (found.verdict != "none") is (sign in ("drift", "silence", "artefact"))
+    assert found.numbers["artefacts"] == shared
+    said = {
+        "drift": "the drift of `a`",
+        "silence": "the silent channels of `a`",
+        "artefact": "the artefact that failing images share",
+    }
+    if found.verdict != "none":
+        assert found.reasons[-1] == (
+            "These images alone do not settle that a repair of `a` removes more than 10 % "
+            f"({_percents(unsettled.gain)}); that there is a fault is also said by {said[sign]}."
+        )
+
+
+def test_a_gain_that_is_settled_needs_no_other_sign() -> None:
+    assert verdict_on(artefacts=1).reasons == verdict_on().reasons
+
+
+def _percents(gain: Interval) -> str:
+    value, low, high = (round(100 * x) for x in (gain.value, gain.low, gain.high))
+    return f"{value} % [{low}, {high}]"
 
 
 def test_too_few_errors_blame_no_layer_however_large_the_gain() -> None:
