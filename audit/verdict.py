@@ -146,14 +146,24 @@ def judge(
         remark = (_drift_reason(origin, plain),) if origin is not None else ()
         return _none((reason, *remark), numbers)
     found = _blame(evidence, ranked, channel_trials, origin, plain, numbers)
-    if best.gain.low > FLAG_THRESHOLD:
-        return found
-    said = (
+    said = []
+    if plain is not None and origin is None:
+        said.append(
+            f"On {plain} images without the artefact no outputs have left what the batch norm "
+            "behind them remembers: the fault lies in a layer without one, in one of the first, or "
+            "in none, and images with the artefact are merely new to the network."
+        )
+    if best.gain.low <= FLAG_THRESHOLD:
+        said.append(_unsettled_reason(best, signs))
+    return replace(found, reasons=(*found.reasons, *said))
+
+
+def _unsettled_reason(best: TrialRepair, signs: Sequence[str]) -> str:
+    return (
         f"These images alone do not settle that a repair of `{best.layer.name}` removes more than "
         f"{_share(FLAG_THRESHOLD)} ({_percent(best.gain)}); that there is a fault is also said by "
         f"{' and '.join(signs)}."
     )
-    return replace(found, reasons=(*found.reasons, said))
 
 
 def _other_signs(

@@ -78,8 +78,11 @@ def verdict_on(
     channel_trials: Sequence[TrialRepair] = (),
     wrong: int = 40,
     artefacts: int = 0,
+    plain: int | None = None,
 ) -> Verdict:
-    return judge(trials, scores, channel_trials, wrong=wrong, images=N, artefacts=artefacts)
+    return judge(
+        *(trials, scores, channel_trials), wrong=wrong, images=N, artefacts=artefacts, plain=plain
+    )
 
 
 def test_where_drift_sets_in_is_named_before_whatever_layer_repairs_best() -> None:
@@ -278,6 +281,16 @@ def test_a_gain_that_is_not_settled_flags_where_something_else_says_so(sign: str
 
 def test_a_gain_that_is_settled_needs_no_other_sign() -> None:
     assert verdict_on(artefacts=1).reasons == verdict_on().reasons
+
+
+@pytest.mark.parametrize("scores", [QUIET, SET_IN])
+@pytest.mark.parametrize("plain", [70, None])
+def test_no_drift_without_the_artefact_leaves_it_open_whether_a_layer_was_taught_wrong(
+    scores: Sequence[LayerEvidence], plain: int | None
+) -> None:
+    told = [r for r in verdict_on(scores, artefacts=1, plain=plain).reasons if "merely new" in r]
+    assert len(told) == (scores is QUIET and plain is not None)
+    assert all(reason.startswith("On 70 images without the artefact no outputs") for reason in told)
 
 
 def _percents(gain: Interval) -> str:
