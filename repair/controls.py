@@ -4,7 +4,8 @@
     shuffled       the same loss, each image charged for another one's map: do the maps matter?
     originals      the same loss, images and labels as they are: do counterfactual ones matter?
     labels         the same loss from labels alone: do the network's own answers matter?
-    next-layer     the scan's next best layer, by the same loss: was the right layer repaired?
+    next-layer     the layer that the scan would have repaired next, by the same loss: was the right
+                   layer repaired?
     random-layer   a layer drawn by the seed, by the same loss: would any layer do?
     last-layer     the last linear layer by plain cross entropy, on request: is that all it takes?
                    (Kirichenko et al. 2022, "Last layer re-training is sufficient")
@@ -255,23 +256,35 @@ def plan_controls(
     return tuple(planned), left_out
 
 
-def ranked_layers(layers: pd.DataFrame) -> list[str]:
+def ranked_layers(layers: pd.DataFrame, *, but: str = "") -> list[str]:
     """Return the names of the layers that a scan ranked, best first.
 
-    By blame where the run has it, else by the gain of the trial repairs, else by rank.
+    By blame where the run has it, those last whose trial repair clearly does less than the best
+    one's, as a verdict says which layer to repair; else by the gain of the trial repairs, else by
+    rank.
 
     Args:
         layers: The run's layers.parquet.
+        but: A layer that is left out of all of that.
     """
+    layers = layers[layers["name"] != but].sort_values("rank", kind="stable")  # of equal ones
     for column, best_first in (("blame", False), ("trial_gain", False), ("rank", True)):
         known = layers[layers[column].notna()]
-        if len(known):  # equal ones in the scan's own order
-            known = known.sort_values("rank", kind="stable")
-            return [
-                str(n)
-                for n in known.sort_values(column, ascending=best_first, kind="stable")["name"]
-            ]
+        if len(known):
+            ordered = known.sort_values(column, ascending=best_first, kind="stable")
+            names = [str(name) for name in ordered["name"]]
+            less = _clearly_less(known) if column == "blame" else set()
+            return sorted(names, key=lambda name: name in less)
     return []
+
+
+def _clearly_less(layers: pd.DataFrame) -> set[str]:
+    """Return the layers whose trial does not reach into the interval of the best one's."""
+    tried = layers[layers["trial_gain"].notna()]
+    if not len(tried):
+        return set()
+    least = tried.loc[tried["trial_gain"].idxmax(), "trial_gain_low"]
+    return {str(name) for name in layers.loc[~(layers["trial_gain"] >= least), "name"]}
 
 
 def map_rotation(images: int, *, seed: int, step: int) -> int:

@@ -176,7 +176,7 @@ def repair_layer(
             config.controls,
             layer,
             network.program.layers,
-            _ranked_layers(run),
+            _ranked_layers(run, layer.name),
             loss=config.loss,
             needs_maps=config.needs_maps,
             counterfactuals=config.counterfactuals,
@@ -690,10 +690,10 @@ def _dealt(positions: Mapping[str, tuple[int, ...]], team: Team) -> dict[str, tu
     }
 
 
-def _ranked_layers(run: Run) -> list[str]:
-    """Return the run's layers, best first; none where the run has no table of them."""
+def _ranked_layers(run: Run, but: str) -> list[str]:
+    """Return the run's other layers, best first; none where the run has no table of them."""
     try:
-        return ranked_layers(run.layers)
+        return ranked_layers(run.layers, but=but)
     except RunError:
         return []
 

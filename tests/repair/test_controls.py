@@ -380,6 +380,7 @@ def test_layers_are_ranked_by_blame_then_gain_then_rank() -> None:
             "name": ["a", "b", "c"],
             "blame": [0.1, 0.45, 0.45],
             "trial_gain": [0.3, 0.1, 0.2],
+            "trial_gain_low": [0.05, 0.0, 0.1],
             "rank": [2, 3, 1],
         }
     )
@@ -387,6 +388,22 @@ def test_layers_are_ranked_by_blame_then_gain_then_rank() -> None:
     assert ranked_layers(table.assign(blame=nothing)) == ["a", "c", "b"]
     assert ranked_layers(table.assign(blame=nothing, trial_gain=nothing)) == ["c", "a", "b"]
     assert ranked_layers(table.assign(blame=nothing, trial_gain=nothing, rank=nothing)) == []
+    assert ranked_layers(table, but="c") == ["b", "a"]
+
+
+def test_a_layer_whose_trial_clearly_does_less_is_not_the_next_best() -> None:
+    table = pd.DataFrame(
+        {
+            "name": ["a", "b", "c", "d", "e"],
+            "blame": [0.4, 0.3, 0.2, 0.1, 0.0],
+            "trial_gain": [0.9, 0.29, 0.31, 0.5, np.nan],  # e was not tried
+            "trial_gain_low": [0.8, 0.2, 0.2, 0.3, np.nan],
+            "rank": [1, 2, 3, 4, 5],
+        }
+    )
+    assert ranked_layers(table) == ["a", "b", "c", "d", "e"]
+    # Of the others d does most, and c reaches into its interval.
+    assert ranked_layers(table, but="a") == ["c", "d", "b", "e"]
 
 
 def test_controls_are_read_from_lists_and_from_older_records() -> None:
