@@ -65,6 +65,8 @@ class LayerEvidence:
             without batch norm.
         first_in_line: True where no layer with batch norm feeds it, so that drift may as well come
             from the images.
+        without_artefact: True where the drift is that of images without the artefact that failing
+            images share.
         silent_channels: Share of its output channels that say the same whatever the image; NaN
             without images.
     """
@@ -85,6 +87,7 @@ class LayerEvidence:
     drift: float = math.nan
     drift_onset: float = math.nan
     first_in_line: bool = True
+    without_artefact: bool = False
     silent_channels: float = math.nan
 
 
@@ -183,10 +186,10 @@ def gather_evidence(
 def drift_over(
     evidence: Sequence[LayerEvidence], program: Program, batches: Iterable[Tensor]
 ) -> list[LayerEvidence]:
-    """Return the evidence with the drift that these images show in place of its own.
+    """Return the evidence with the drift that images without the artefact show in place of its own.
 
     Args:
-        batches: Normalized images, (B, 3, H, W).
+        batches: These images, normalized, (B, 3, H, W).
     """
     norms = _norms(program)
     outputs: dict[str, ChannelSums] = {}
@@ -204,6 +207,7 @@ def drift_over(
             one,
             drift=drifts.get(one.layer.name, math.nan),
             drift_onset=started.get(one.layer.name, math.nan),
+            without_artefact=True,
         )
         for one in evidence
     ]

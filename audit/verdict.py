@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from audit.blame import shares_of_blame, suspects
+from audit.blame import CLEARED_ONSET, shares_of_blame, suspects
 from audit.evidence import LayerEvidence
 from audit.statistics import Interval
 from audit.trials import TrialRepair, ranking
@@ -146,16 +146,35 @@ def judge(
         remark = (_drift_reason(origin, plain),) if origin is not None else ()
         return _none((reason, *remark), numbers)
     found = _blame(evidence, ranked, channel_trials, origin, plain, numbers)
-    said = []
-    if plain is not None and origin is None:
-        said.append(
-            f"On {plain} images without the artefact no outputs have left what the batch norm "
-            "behind them remembers: the fault lies in a layer without one, in one of the first, or "
-            "in none, and images with the artefact are merely new to the network."
-        )
+    said = _without_artefact_reasons(evidence, found.layers[0], plain) if origin is None else []
     if best.gain.low <= FLAG_THRESHOLD:
         said.append(_unsettled_reason(best, signs))
     return replace(found, reasons=(*found.reasons, *said))
+
+
+def _without_artefact_reasons(
+    evidence: Sequence[LayerEvidence], first: str, plain: int | None
+) -> list[str]:
+    """Say what images without the artefact say of a network where drift sets in at no layer."""
+    known = [one for one in evidence if one.without_artefact and not math.isnan(one.drift_onset)]
+    if not known:
+        return []
+    left = [one for one in known if one.drift_onset >= CLEARED_ONSET]
+    images = f"On {plain} images without the artefact"
+    if not left:
+        return [
+            f"{images} no outputs have left what the batch norm behind them remembers: the fault "
+            "lies in a layer without one, or in none, and images with the artefact are merely new "
+            "to the network."
+        ]
+    return [
+        f"{images} the outputs of `{first}` have left what its batch norm remembers "
+        f"({one.drift:.2f} nats a channel), and those of {len(known) - len(left)} of {len(known)} "
+        "layers have not. No batch norm stands before it, so that these images may also differ "
+        "from those of the training."
+        for one in left
+        if one.layer.name == first and one.first_in_line
+    ]
 
 
 def _unsettled_reason(best: TrialRepair, signs: Sequence[str]) -> str:

@@ -197,7 +197,7 @@ def _speed(name: str, options: argparse.Namespace) -> None:
     done = {row["id"] for row in _read(kept)}
     where = faults.scene(name, options.work)
     for first_seed in SPEED_SEEDS:
-        chosen = islice(_taken(where, first_seed), SPEED_FAULTS)
+        chosen = islice(_taken(where, first_seed), min(options.faults, SPEED_FAULTS))
         for at, (identity, kind, seed, fault) in enumerate(chosen):
             if identity not in done:
                 program = where.program.with_state(fault.state)

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from audit.blame import (
+    CLEARED_ONSET,
     WITH_MEMORY,
     WITHOUT_MEMORY,
     has_memory,
@@ -41,6 +42,24 @@ def test_an_onset_counts_up_to_a_limit_and_not_at_all_in_the_first_layers() -> N
     assert far == limit
     first = [evidence("a", 3.0, first_in_line=True), evidence("b", 0.0)]
     assert shares_of_blame(first, (), ()) == pytest.approx({"a": 0.5, "b": 0.5})
+
+
+def test_images_without_the_artefact_clear_layers_and_speak_of_the_first_ones_too() -> None:
+    scores = [
+        dataclasses.replace(evidence(name, onset, first_in_line=name == "a"), without_artefact=True)
+        for name, onset in (("a", 0.9), ("b", CLEARED_ONSET), ("c", 0.3), ("d", NAN))
+    ]
+    onset, cleared = WITH_MEMORY["onset"], WITH_MEMORY["cleared"]
+    no_trial = WITH_MEMORY["trial"] / 4
+    odds = {
+        "a": math.exp(0.9 * onset + no_trial),
+        "b": math.exp(CLEARED_ONSET * onset + no_trial),
+        "c": math.exp(0.3 * onset + cleared + no_trial),
+        "d": math.exp(no_trial),  # nothing is known of it
+    }
+    total = sum(odds.values())
+    expected = {name: value / total for name, value in odds.items()}
+    assert shares_of_blame(scores, (), ()) == pytest.approx(expected)
 
 
 def test_without_memory_silent_channels_ranks_over_the_rounds_and_the_lead_decide() -> None:
