@@ -3,8 +3,8 @@
 No single score finds every fault. Where batch norms remember what the network was trained with, the
 onset of drift says most, and the trial of the weights decides among layers that no batch norm
 follows. Without that memory, the trial of the channels says most, beside channels that have fallen
-silent and a clear lead of one trial of the weights. A conditional logit (McFadden 1974) joins them:
-each layer's score is a weighted sum, and the shares of blame are their softmax over the layers.
+silent. A conditional logit (McFadden 1974) joins them: each layer's score is a weighted sum, and
+the shares of blame are their softmax over the layers.
 
 The weights were fitted on planted faults, but for that of layers that images without an artefact
 clear, which was set (one in twenty layers at fault); all are judged on others (ARCHITECTURE.md,
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 WITH_MEMORY = {"onset": 4.4, "trial": 3.2, "silent": 3.5, "cleared": -3.0}
-WITHOUT_MEMORY = {"silent": 3.5, "channels": 3.1, "lead": 1.8}
+WITHOUT_MEMORY = {"silent": 3.5, "channels": 3.1}
 
 CLEARED_ONSET = 0.4
 """Onset of drift below which a layer is cleared, on images without the artefact: there a layer that
@@ -39,8 +39,6 @@ was taught the artefact drifts, and it was seen to by more (ARCHITECTURE.md)."""
 
 _MOST_ONSET = 3.0
 _MANY_SILENT = 0.1  # of the channels
-_LEAST_LEFT = 0.02  # of the error; a trial that removes more leads no further
-_MOST_LEFT = math.e
 
 
 def has_memory(evidence: Sequence[LayerEvidence]) -> bool:
@@ -59,8 +57,7 @@ def layer_features(
     ``onset`` of drift, in [0, 3]; ``cleared`` 1 where images without the artefact show that the
     layer was not taught it, else 0; ``silent`` in [0, 1], full from a tenth of the channels on;
     ``trial`` one over the rank of the weight trial; ``channels`` one over the rank of the channel
-    trial, mean over its rounds; ``lead`` minus the logarithm of how many times more error the
-    weight trial leaves than the best one.
+    trial, mean over its rounds.
     """
     names = [one.layer.name for one in evidence]
     return {
@@ -69,7 +66,6 @@ def layer_features(
         "silent": [_silent(one) for one in evidence],
         "trial": _by_trial(names, trials),
         "channels": _by_channels(names, channel_trials),
-        "lead": _lead(names, trials),
     }
 
 
@@ -146,16 +142,6 @@ def _cleared(one: LayerEvidence) -> float:
 def _by_trial(names: Sequence[str], trials: Sequence[TrialRepair]) -> list[float]:
     order = [trial.layer.name for trial in ranking(trials)]
     return [1 / (order.index(name) + 1) if name in order else 1 / len(names) for name in names]
-
-
-def _lead(names: Sequence[str], trials: Sequence[TrialRepair]) -> list[float]:
-    """Minus the logarithm of how many times more error the trial leaves than the best one's."""
-    left = {trial.layer.name: 1 - trial.gain.value for trial in trials}
-    logs = {
-        name: -math.log(min(max(left.get(name, 1.0), _LEAST_LEFT), _MOST_LEFT)) for name in names
-    }
-    most = max(logs.values(), default=0.0)
-    return [logs[name] - most for name in names]
 
 
 def _by_channels(names: Sequence[str], trials: Sequence[TrialRepair]) -> list[float]:

@@ -275,7 +275,7 @@ def _with_committed(rows: Sequence[Row], what: str | None) -> list[Row]:
 
 def fit(rows: Sequence[Row]) -> None:
     """Print the conditional logit's weights for networks with memory and without."""
-    for memory, names in ((True, ("onset", "trial")), (False, ("silent", "channels", "lead"))):
+    for memory, names in ((True, ("onset", "trial")), (False, ("silent", "channels"))):
         chosen = [row for row in rows if row["took"] and row["features"]["memory"] == memory]
         if not chosen:
             continue
