@@ -107,7 +107,7 @@ def judge(
         channel_trials: Trials of their channels, where no batch norm remembers the training.
         wrong: Held-out images that the network gets wrong.
         images: Held-out images that judged the trials.
-        artefacts: How many error groups share one.
+        artefacts: How many error groups have an artefact in common among their images.
         plain: Images without any error group's artefact, whose drift the evidence has; None where
             it is that of all images.
     """

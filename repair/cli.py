@@ -21,6 +21,7 @@ from repair.export_cli import export_command
 from repair.grid_cli import grid_command
 from repair.losses import LOSSES
 from repair.options import (
+    AnyRateOption,
     BalanceOption,
     BatchSizeOption,
     DataOption,
@@ -33,7 +34,6 @@ from repair.options import (
     NoR1Option,
     NoR2Option,
     OptimizerOption,
-    RateOption,
     RunOption,
     SaliencyOption,
     ScaleOption,
@@ -41,6 +41,7 @@ from repair.options import (
     TrainOption,
     WeightOption,
     is_stated,
+    parse_rate,
     stated_settings,
 )
 from repair.transfer_cli import transfer_command
@@ -96,7 +97,7 @@ def layer_command(
             metavar="SHARE",
         ),
     ] = None,
-    learning_rate: RateOption = DEFAULTS.learning_rate,
+    learning_rate: AnyRateOption = str(DEFAULTS.rate),
     schedule: ScheduleOption = DEFAULTS.schedule,
     epochs: EpochsOption = DEFAULTS.epochs,
     batch_size: BatchSizeOption = DEFAULTS.batch_size,
@@ -181,7 +182,7 @@ def layer_command(
         "weight": weight,
         "r1": not no_r1,
         "r2": not no_r2,
-        "learning_rate": learning_rate,
+        "learning_rate": parse_rate(learning_rate),
         "epochs": epochs,
         "batch_size": batch_size,
         "optimizer": optimizer,

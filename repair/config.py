@@ -25,7 +25,9 @@ KEEPS: tuple[Keep, ...] = get_args(Keep)
 Saliency = Literal["gradcam", "guided-gradcam", "gradients"]
 SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
 
-AUTO = "auto"  # for --loss: `repair.defaults` decides
+AUTO: Literal["auto"] = (
+    "auto"  # for --loss: `repair.defaults` decides; for --lr: `repair.rates` does
+)
 
 _RENAMED = {"balance": "lambda", "learning_rate": "lr"}  # field -> name in repair.json and options
 
@@ -43,7 +45,8 @@ class RepairConfig:
         weight: Of what the losses `energy` and `rrr` add to the cross entropy.
         r1: Whether R1 takes part.
         r2: Whether R2 takes part.
-        learning_rate: Of the optimizer, at the start.
+        learning_rate: Of the optimizer, at the start; `auto` for the one of several that does best
+            in a few epochs (`repair.rates`), for the repair and for every control its own.
         schedule: How it goes on by epoch: `constant`, `cosine` or `linear` to zero, or `step`, a
             tenth after each third of the epochs.
         epochs: Passes over the training images.
@@ -80,7 +83,7 @@ class RepairConfig:
     weight: float = 1.0
     r1: bool = True
     r2: bool = True
-    learning_rate: float = 0.01
+    learning_rate: float | Literal["auto"] = 0.01
     epochs: int = 10
     batch_size: int = 32
     optimizer: Optimizer = "sgd"
@@ -111,8 +114,9 @@ class RepairConfig:
             self.penalty  # noqa: B018 - made for its checks
         except ValueError as error:
             raise UsageError(str(error)) from error
-        if not 0 < self.learning_rate < float("inf"):
-            raise UsageError(f"--lr is {self.learning_rate:g}; expected a number above 0")
+        rate = self.learning_rate
+        if rate != AUTO and not 0 < float(rate) < float("inf"):
+            raise UsageError(f"--lr is {rate:g}; expected a number above 0, or auto")
         if not 0.0 <= self.distill <= 1.0:
             raise UsageError(f"--distill is {self.distill:g}; expected a number from 0 to 1")
         if self.epochs < 1:
@@ -128,6 +132,15 @@ class RepairConfig:
             raise UsageError(f"--seeds is {self.seeds}; expected at least 1")
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"--seed is {self.seed}; expected 0 to {2**31 - 1}")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate.
+
+        Raises:
+            ValueError: It is still to be chosen, see `repair.rates`.
+        """
+        return float(self.learning_rate)
 
     @property
     def further_seeds(self) -> range:

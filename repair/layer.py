@@ -38,7 +38,7 @@ from audit.runs import RepairFolder, Run, open_repair
 from audit.statistics import bootstrap_mean
 from repair.after import SCORED_IMAGES, MapComparison, calibration_record, compare_maps
 from repair.cache import CrossingTensors
-from repair.config import RepairConfig
+from repair.config import AUTO, RepairConfig
 from repair.controls import PlannedControl, plan_controls, ranked_layers
 from repair.counterfactuals import Counterfactuals
 from repair.crossing import cache_kinds, cache_line, cache_record, choose_room, cross_splits
@@ -63,6 +63,7 @@ from repair.outcome import (
     seeds_record,
     training_record,
 )
+from repair.rates import RATES, TRIED_EPOCHS, best_rate, try_rates
 from repair.sources import open_scanned_network
 from repair.tracking import TrainingLog, check_tensorboard
 from repair.training import DamagedCheckpointError, Row, Trained, predict, train_layer
@@ -381,14 +382,9 @@ class _Repair:
         plain = control is not None and (control.labels_alone or control.originals)
         guidance = self.guidance(split.layer) if loss != "ce" else None
         role = (control.name if control else "repair") + again
-        with console.progress(f"training {what}, epochs", self.config.epochs) as bar:
 
-            def finished(row: Row) -> None:
-                bar.advance()
-                if self.log is not None:
-                    self.log.add({**row, "role": role})
-
-            trained = train_layer(
+        def train(config: RepairConfig, **more: Any) -> Trained:
+            return train_layer(
                 split,
                 crossing["train"],
                 crossing["val"],
@@ -402,12 +398,51 @@ class _Repair:
                 class_weights=self.images.class_weights(self.network, self.config),
                 surgical=control is not None and control.surgical,
                 team=self.team,
+                **more,
+            )
+
+        if config.learning_rate == AUTO:
+            plan = control.name if control else "repair"  # further seeds go by the first one's rate
+            config = replace(config, learning_rate=self._rate(what, plan, config, train))
+        with console.progress(f"training {what}, epochs", self.config.epochs) as bar:
+
+            def finished(row: Row) -> None:
+                bar.advance()
+                if self.log is not None:
+                    self.log.add({**row, "role": role})
+
+            trained = train(
+                config,
                 state_path=self._state_path((control.name if control else loss) + again),
                 on_epoch=finished,
             )
         if trained.stopped:
             console.say(f"{what} {trained.stopped}")
         return trained
+
+    def _rate(
+        self,
+        what: str,
+        plan: str,
+        config: RepairConfig,
+        train: Callable[[RepairConfig], Trained],
+    ) -> float:
+        """Return the learning rate that does best; a resumed repair keeps the one it had."""
+        known = self.folder.info.get("rates", {})
+        if plan not in known:
+            with console.progress(f"learning rates for {what}", len(RATES)) as bar:
+                tried = try_rates(train, config, on_tried=bar.advance)
+            chosen = {"chosen": best_rate(tried), "val_ce": {f"{r:g}": v for r, v in tried.items()}}
+            known = {**known, plan: chosen}
+            if self.team.leads:
+                self.folder.write_info(rates=known)
+            else:
+                self.folder.info["rates"] = known
+            console.say(
+                f"learning rate {chosen['chosen']:g} for {what}: of {len(RATES)} tried for "
+                f"{TRIED_EPOCHS} epochs the one with the lowest validation cross entropy"
+            )
+        return float(known[plan]["chosen"])
 
     def _norm_after(self, layer: Layer) -> dict[str, Tensor]:
         if not self.config.with_norm:

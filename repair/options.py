@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from repair.config import OPTIMIZERS, SALIENCIES, SCHEDULES
+from audit.errors import UsageError
+from repair.config import AUTO, OPTIMIZERS, SALIENCIES, SCHEDULES
 from repair.losses import LOSSES, SCALES
 
 __all__ = [
+    "AnyRateOption",
     "BalanceOption",
     "BatchSizeOption",
     "DataOption",
@@ -33,6 +35,7 @@ __all__ = [
     "TrainOption",
     "WeightOption",
     "is_stated",
+    "parse_rate",
     "stated_settings",
 ]
 
@@ -85,6 +88,14 @@ NoR2Option = Annotated[bool, typer.Option("--no-r2", help="Leave out R2 = S (1 -
 BalanceOption = Annotated[float, typer.Option("--lambda", help="The lambda of Eq. 7, 0 to 1.")]
 WeightOption = Annotated[float, typer.Option(help="Of what energy and rrr add to cross entropy.")]
 RateOption = Annotated[float, typer.Option("--lr", help="Learning rate.")]
+AnyRateOption = Annotated[
+    str,
+    typer.Option(
+        "--lr",
+        help="Learning rate; auto: of several the one that does best in two epochs.",
+        metavar="RATE|auto",
+    ),
+]
 ScheduleOption = Annotated[
     str, typer.Option(help="How the learning rate goes on.", metavar="|".join(SCHEDULES))
 ]
@@ -95,6 +106,20 @@ OptimizerOption = Annotated[
 ]
 
 _OPTIONS = {"r1": ("no_r1",), "r2": ("no_r2",), "controls": ("controls", "no_controls")}
+
+
+def parse_rate(text: str) -> float | Literal["auto"]:
+    """Return a learning rate, or `auto`.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if text == AUTO:
+        return AUTO
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f"--lr is {text!r}; expected a number above 0, or auto") from error
 
 
 def stated_settings(context: typer.Context, settings: Iterable[str]) -> list[str]:

@@ -434,7 +434,7 @@ def _start(
 ) -> _State:
     config = lesson.config
     leaves = {name: value.clone().requires_grad_() for name, value in first_values.items()}
-    optimizer = _OPTIMIZERS[config.optimizer](list(leaves.values()), config.learning_rate)
+    optimizer = _OPTIMIZERS[config.optimizer](list(leaves.values()), config.rate)
     state = _State(
         leaves=leaves,
         best=_copies(leaves),

@@ -43,7 +43,7 @@ def transfer_command(
     no_r1: NoR1Option = False,
     no_r2: NoR2Option = False,
     balance: BalanceOption = DEFAULTS.balance,
-    learning_rate: RateOption = DEFAULTS.learning_rate,
+    learning_rate: RateOption = DEFAULTS.rate,
     epochs: EpochsOption = DEFAULTS.epochs,
     batch_size: BatchSizeOption = DEFAULTS.batch_size,
     optimizer: OptimizerOption = DEFAULTS.optimizer,

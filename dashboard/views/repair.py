@@ -141,7 +141,7 @@ def _show_form(run: Run, *, open_at_once: bool) -> None:
             optimizer = st.selectbox("Optimizer", OPTIMIZERS, width=160)
             epochs = st.number_input("Epochs", 1, 1000, DEFAULTS.epochs, width=160)
             rate = st.number_input(
-                "Learning rate", 1e-6, 10.0, DEFAULTS.learning_rate, format="%.4g", width=160
+                "Learning rate", 1e-6, 10.0, DEFAULTS.rate, format="%.4g", width=160
             )
             seed = st.number_input("Seed", 0, 2**31 - 1, DEFAULTS.seed, width=160)
         controls = st.toggle(
