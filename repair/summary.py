@@ -33,6 +33,13 @@ def repair_summary(repair: RepairFolder) -> RenderableType:
         lines.append(Text(f"Maps before and after: SSIM {_interval(info['ssim'], digits=3)}"))
     kept = "the last" if info["config"].get("keep") == "last" else "by validation"
     lines.append(Text(f"Weights of epoch {info['training']['best_epoch']}, {kept}."))
+    if "rates" in info:
+        own = info["rates"]["repair"]
+        lines.append(
+            Text(
+                f"Learning rate {own['chosen']:g}, the best of {len(own['val_ce'])} that were tried."
+            )
+        )
     lines.append(Text(f"Repair folder: {repair.path}"))
     return Group(*lines)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console, RenderableType
 
 import repair.layer
 from audit.errors import UsageError
@@ -16,6 +18,7 @@ from repair.config import RepairConfig
 from repair.layer import RepairRequest, repair_layer
 from repair.options import parse_rate
 from repair.rates import RATES, TRIED_EPOCHS, best_rate
+from repair.summary import repair_summary
 
 MakeRun = Callable[..., Run]
 CONFIG = RepairConfig(epochs=3, learning_rate="auto", controls=("ce",), seeds=2)
@@ -70,6 +73,15 @@ def test_repair_and_controls_are_those_of_the_rates_that_did_best(
     assert sha256_file(chosen.weights) == sha256_file(by_hand.weights)
     assert "rates" not in by_hand.info
     assert chosen.info["config"]["lr"] == "auto"
+    told = console_text(repair_summary(chosen))
+    assert f"Learning rate {rates['repair']['chosen']:g}, the best of 6 that were tried." in told
+    assert "Learning rate" not in console_text(repair_summary(by_hand))
+
+
+def console_text(told: RenderableType) -> str:
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(told)
+    return console.export_text()
 
 
 class Killed(BaseException):
