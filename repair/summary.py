@@ -35,11 +35,8 @@ def repair_summary(repair: RepairFolder) -> RenderableType:
     lines.append(Text(f"Weights of epoch {info['training']['best_epoch']}, {kept}."))
     if "rates" in info:
         own = info["rates"]["repair"]
-        lines.append(
-            Text(
-                f"Learning rate {own['chosen']:g}, the best of {len(own['val_ce'])} that were tried."
-            )
-        )
+        tried = f"the best of {len(own['val_ce'])} that were tried"
+        lines.append(Text(f"Learning rate {own['chosen']:g}, {tried}."))
     lines.append(Text(f"Repair folder: {repair.path}"))
     return Group(*lines)
 
