@@ -190,16 +190,13 @@ def _other_signs(
 ) -> list[str]:
     """Return what says that the network is at fault, the trials aside."""
     signs = [f"the drift of `{origin.layer.name}`"] if origin is not None else []
-    most = max(evidence, key=lambda one: _known(one.silent_channels), default=None)
-    if most is not None and _known(most.silent_channels) >= SILENT_THRESHOLD:
+    silent = [one for one in evidence if one.silent_channels >= SILENT_THRESHOLD]  # NaN is not
+    if silent:
+        most = max(silent, key=lambda one: one.silent_channels)
         signs.append(f"the silent channels of `{most.layer.name}`")
     if artefacts:
         signs.append("the artefact that failing images share")
     return signs
-
-
-def _known(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
 
 
 def _blame(

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from repair_shortcut import ANSWERS, CE, ENERGY, Crossing, Method, repair_all
 from results_file import configuration, print_table, write_results
-from shortcut_cases import Case, Lessons, lessons, mark_cases
+from shortcut_cases import Case, Lessons, Regime, lessons, mark_cases
 
 from repair.config import RepairConfig
 from repair.image_masks import ImageMasks
@@ -34,7 +34,7 @@ from repair.training import Trained, train_layer
 
 SEED = 0
 FIXED = RepairConfig().rate
-TRIED: dict[str, dict[str, Method]] = {
+TRIED: dict[Regime, dict[str, Method]] = {
     "balanced": {
         "energy": Method(place="flagged", config=ENERGY),
         "ce": Method(place="flagged", config=CE),
@@ -63,9 +63,7 @@ def main() -> None:
     done = {(row["case"], row["regime"], row["loss"]) for row in rows}
     for case in mark_cases(options.faults, options.networks, options.training_seed):
         for regime, methods in TRIED.items():
-            given = lessons(
-                case, "biased" if regime == "biased" else "balanced", SEED, options.work
-            )
+            given = lessons(case, regime, SEED, options.work)
             for name, method in methods.items():
                 if (case.name, regime, name) not in done:
                     found = _compared(case, given, method, {"regime": regime, "loss": name})

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import audit.scan
 from audit.errors import ImageError, LayerNotFoundError, UsageError
@@ -159,6 +159,16 @@ def test_map_scores_of_images_are_those_of_the_last_convolution(
     module, outputs = trained_network(), []
     damage(module)
     module.double()
+    # Single precision may decide otherwise whether a rectifier lets an input pass that is zero but
+    # for rounding: how near to it the nearest input of each image lies.
+    nearest = torch.full((len(scanned.images),), torch.inf, dtype=torch.float64)
+
+    def note(_module: object, inputs: tuple[Tensor, ...]) -> None:
+        nearest.copy_(torch.minimum(nearest, inputs[0].detach().abs().flatten(1).amin(dim=1)))
+
+    for part in module.modules():
+        if isinstance(part, nn.ReLU):
+            part.register_forward_pre_hook(note)
 
     def keep(_module: object, _inputs: object, output: Tensor) -> Tensor:
         outputs.append(output)
@@ -171,9 +181,9 @@ def test_map_scores_of_images_are_those_of_the_last_convolution(
     (gradients,) = torch.autograd.grad(score, outputs[0])
     raw = (gradients.mean((2, 3), keepdim=True) * outputs[0]).sum(1).relu()  # Eq. 2-3
     maps = normalize_maps(raw).detach().numpy()
-    difference = np.abs(scanned.images["map_mean"] - maps.mean(axis=(1, 2)))
-    # The scan's single precision lets a rectifier's input pass that is zero but for rounding.
-    assert difference.max() < 1e-3 and np.quantile(difference, 0.98) < 1e-5
+    difference = np.abs(scanned.images["map_mean"].to_numpy() - maps.mean(axis=(1, 2)))
+    settled = (nearest > 1e-6).numpy()
+    assert settled.mean() > 0.9 and difference[settled].max() < 1e-5 and difference.max() < 1e-3
     height, width = maps.shape[1:]
     for image, x, y in zip(
         maps, scanned.images["map_peak_x"], scanned.images["map_peak_y"], strict=True

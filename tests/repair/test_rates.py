@@ -20,6 +20,8 @@ from repair.options import parse_rate
 from repair.rates import RATES, TRIED_EPOCHS, best_rate
 from repair.summary import repair_summary
 
+from .conftest import write_run
+
 MakeRun = Callable[..., Run]
 CONFIG = RepairConfig(epochs=3, learning_rate="auto", controls=("ce",), seeds=2)
 
@@ -37,8 +39,6 @@ def make_module_run(
     network: Any,
     folder: Any,
 ) -> MakeRun:
-    from .conftest import write_run
-
     return lambda: write_run(tmp_path_factory.mktemp("runs"), photos, model_file, network, folder)
 
 
