@@ -152,6 +152,12 @@ def material_sentences(info: Mapping[str, Any]) -> list[str]:
     config, sentences = info.get("config") or {}, []
     if config.get("loss"):
         sentences.append(f"The loss was {config['loss']}.")
+    rate = (info.get("rates") or {}).get("repair")
+    if rate:
+        sentences.append(
+            f"The learning rate was {rate['chosen']:g}, of {count(len(rate['val_ce']))} tried for "
+            "a few epochs the one with the lowest validation cross entropy."
+        )
     guidance = info.get("guidance") or {}
     if guidance.get("sentence"):
         sentences.append(str(guidance["sentence"]))

@@ -2,8 +2,9 @@
 
 `shortcut_cases.py` has the networks (EfficientNet-Lite0, ResNet-18, VGG), the shortcuts (watermark,
 border color, background) and the photographs. A repair learns from 300 photos as `repair layer`
-does unless told otherwise: SGD, learning rate 0.01, 10 epochs, batches of 32, lambda 0.9. Every row
-has these settings, but for what its name says.
+does unless told otherwise: SGD, of six learning rates the one that does best (`repair.rates`), 10
+epochs, batches of 32, lambda 0.9. Every row has these settings, but for what its name says; the
+controls choose among the same rates.
 
     recovered    share of the accuracy on conflicting photos that the shortcut cost and that came
                  back
@@ -20,7 +21,8 @@ itself where the mark, or the background, is another photo's (`repair.teaching`)
 layer at fault, the other rows are of the layer that the scan would have repaired. `default` is what
 `repair layer` does then (`repair.defaults`): for marks `answers` where the photos are biased, which
 a scan of them counts, and `energy` where they are balanced; for backgrounds `energy` on
-counterfactuals, since masks say nothing about that. Controls: plain cross entropy (`ce`), the maps
+counterfactuals, since masks say nothing about that; `trust` where a scan found no group; cross
+entropy for a loss of maps in a layer that has none. Controls: plain cross entropy (`ce`), the maps
 of other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 2022), all layers
 (`full`), all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's
 against `ce` on the same layer, all faults and draws together, corrected after Holm. What the
@@ -28,7 +30,8 @@ table's claims are of is done with three draws of photos, the other losses and c
 first.
 
 That share, and cross entropy for `energy`, were chosen on faults of other planting seeds (104 to
-126, VGG) and another draw of photos: `tune` repeats that, and keeps its rows in WORK/tuned.jsonl.
+126, VGG) and another draw of photos, at a learning rate of 0.01: `tune` repeats that, and keeps its
+rows in WORK/tuned.jsonl.
 
 Rows are kept as they come in WORK/rows.jsonl; a run goes on where the last one stopped. Networks
 that have no row there keep those of the results file.
@@ -43,8 +46,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,15 +63,16 @@ from torch import Tensor
 from audit.chance import holm
 from audit.networks.program import Program, Split
 from repair.cache import CacheKind, CrossingBatch
-from repair.config import RepairConfig
+from repair.config import AUTO, RepairConfig
 from repair.defaults import ARTEFACT_LOSS, DISTILL
 from repair.image_masks import ImageMasks
+from repair.rates import best_rate, try_rates
 from repair.teaching import mixed_targets
-from repair.training import train_layer
+from repair.training import Trained, train_layer
 
 SEEDS = (0, 1, 2)
 Place = Literal["flagged", "planted", "last", "all"]
-TRUST = RepairConfig(controls=())
+TRUST = RepairConfig(learning_rate=AUTO, controls=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +104,7 @@ METHODS: dict[str, Method] = {
     "trust, counterfactuals": Method(place="flagged", config=TRUST, changed=True),
     "answers": Method(place="flagged", config=ANSWERS, changed=True, every_draw=True),
     "answers, energy": Method(
-        place="flagged", config=replace(ANSWERS, loss="energy"), changed=True, every_draw=True
+        place="flagged", config=replace(ANSWERS, loss="energy"), changed=True
     ),
     "answers alone": Method(place="flagged", config=replace(ANSWERS, distill=1.0), changed=True),
     "planted trust": Method(place="planted", config=TRUST),
@@ -115,7 +120,6 @@ METHODS: dict[str, Method] = {
     "dfr, counterfactuals": Method(place="last", config=CE, changed=True, every_draw=True),
     "dfr, answers": Method(place="last", config=ANSWERS, changed=True, every_draw=True),
     "full": Method(place="all", config=CE),
-    "full, rate .001": Method(place="all", config=_settings(loss="ce", learning_rate=0.001)),
     "auto-rgn": Method(place="all", config=CE, surgical=True),
 }
 
@@ -124,7 +128,10 @@ PLACES: tuple[Place, ...] = ("planted", "flagged")
 TUNING_DRAW, TUNING_CASES = 10, 4  # of each network and kind
 TUNED = {
     f"{place} {loss}, {share:.1f}": Method(
-        place=place, config=_settings(loss=loss, distill=share), changed=True, every_draw=True
+        place=place,
+        config=_settings(loss=loss, distill=share, learning_rate=0.01),
+        changed=True,
+        every_draw=True,
     )
     for place in PLACES
     for loss in ("ce", "energy")
@@ -134,6 +141,7 @@ TUNED = {
 DEFAULT = "default"
 BY_ARTEFACT: dict[str, str] = {"biased": "answers", "balanced": "energy"}
 BY_MASKS = "energy, counterfactuals"
+WITHOUT_MAPS = {"energy": "ce", BY_MASKS: "ce, counterfactuals", "trust": "ce"}
 CONTROLS = ("ce", "planted ce", "dfr", "dfr, counterfactuals")
 SUMMARIZED = {
     "": DEFAULT,
@@ -142,7 +150,6 @@ SUMMARIZED = {
     "_dfr": "dfr",
     "_dfr_counterfactuals": "dfr, counterfactuals",
     "_full": "full",
-    "_full_small_rate": "full, rate .001",
 }
 
 
@@ -225,6 +232,7 @@ def repair_all(
 ) -> list[dict[str, Any]]:
     """Return the rows of the methods on one case with one draw of photos."""
     known = {"case": case.name, "network": case.network, "kind": case.kind, **known}
+    known["told"] = case.kind == "background" or case.artefact is not None or bool(case.region)
     pools = {"conflicting": case.conflicting, "unaffected": case.unaffected}
     for which, program in (("healthy", case.healthy), ("faulty", case.faulty)):
         for name, pool in pools.items():
@@ -249,20 +257,14 @@ def repair_all(
             }
         started = time.perf_counter()
         config = replace(method.config, seed=int(known["seed"]))
-        trained = train_layer(
-            split,
-            crossed[place]["train_changed" if method.changed else "train"],
-            crossed[place]["validation_changed" if method.changed else "validation"],
-            config,
-            loss=config.loss,
-            masks=ImageMasks.of_all(given.allowed),
-            targets=mixed_targets(given.targets, given.train.labels.tolist(), config.distill)
-            if config.distill
-            else None,
-            shuffled=method.shuffled,
-            surgical=method.surgical,
-        )
         row = {**known, "method": name, "layer": place, "planted": case.planted}
+        train = _training(split, crossed[place], given, method)
+        if config.learning_rate == AUTO:
+            tried = try_rates(train, config)
+            config = replace(config, learning_rate=best_rate(tried))
+            row["tried"] = {f"{rate:g}": round(entropy, 4) for rate, entropy in tried.items()}
+        row["rate"] = config.rate
+        trained = train(config)
         for part in pools:
             right = _right(split, crossed[place][part], trained.parameters)
             row[part] = round(float(right.mean()), 4)
@@ -277,6 +279,24 @@ def repair_all(
     shown = {r["method"]: (r["recovered"], r["damage"]) for r in rows}
     print(known["case"], known["regime"], known["seed"], shown, flush=True)
     return rows
+
+
+def _training(
+    split: Split, crossed: Mapping[str, Crossing], given: Lessons, method: Method
+) -> Callable[[RepairConfig], Trained]:
+    """Return what trains a layer by a method's loss and images, and by the settings it is given."""
+    changed, share = "_changed" if method.changed else "", method.config.distill
+    return partial(
+        train_layer,
+        split,
+        crossed[f"train{changed}"],
+        crossed[f"validation{changed}"],
+        loss=method.config.loss,
+        masks=ImageMasks.of_all(given.allowed),
+        targets=mixed_targets(given.targets, given.train.labels.tolist(), share) if share else None,
+        shuffled=method.shuffled,
+        surgical=method.surgical,
+    )
 
 
 def _damage(row: Mapping[str, Any]) -> float:
@@ -313,9 +333,13 @@ def _untouched(program: Program, split: Split, parameters: Mapping[str, Tensor])
 
 def with_default(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with those of `default`, which repeat the row that the rule picks."""
-    repeated = []
+    repeated, known = [], {_key(row) for row in rows}
     for row in rows:
         picked = BY_MASKS if row["kind"] == "background" else BY_ARTEFACT[row["regime"]]
+        if not row.get("told", True):
+            picked = "trust"
+        if (*_key(row)[:3], picked) not in known:
+            picked = WITHOUT_MAPS[picked]
         if row["method"] == picked:
             repeated.append({**row, "method": DEFAULT})
     return [*repeated, *rows]

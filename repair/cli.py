@@ -97,7 +97,7 @@ def layer_command(
             metavar="SHARE",
         ),
     ] = None,
-    learning_rate: AnyRateOption = str(DEFAULTS.rate),
+    learning_rate: AnyRateOption = AUTO,
     schedule: ScheduleOption = DEFAULTS.schedule,
     epochs: EpochsOption = DEFAULTS.epochs,
     batch_size: BatchSizeOption = DEFAULTS.batch_size,

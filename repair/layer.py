@@ -63,7 +63,7 @@ from repair.outcome import (
     seeds_record,
     training_record,
 )
-from repair.rates import RATES, TRIED_EPOCHS, best_rate, try_rates
+from repair.rates import RATES, best_rate, try_rates
 from repair.sources import open_scanned_network
 from repair.tracking import TrainingLog, check_tensorboard
 from repair.training import DamagedCheckpointError, Row, Trained, predict, train_layer
@@ -430,7 +430,9 @@ class _Repair:
         """Return the learning rate that does best; a resumed repair keeps the one it had."""
         known = self.folder.info.get("rates", {})
         if plan not in known:
-            with console.progress(f"learning rates for {what}", len(RATES)) as bar:
+            with console.progress(
+                f"learning rates for {what}", len(RATES[config.optimizer])
+            ) as bar:
                 tried = try_rates(train, config, on_tried=bar.advance)
             chosen = {"chosen": best_rate(tried), "val_ce": {f"{r:g}": v for r, v in tried.items()}}
             known = {**known, plan: chosen}
@@ -439,8 +441,8 @@ class _Repair:
             else:
                 self.folder.info["rates"] = known
             console.say(
-                f"learning rate {chosen['chosen']:g} for {what}: of {len(RATES)} tried for "
-                f"{TRIED_EPOCHS} epochs the one with the lowest validation cross entropy"
+                f"learning rate {chosen['chosen']:g} for {what}: of {len(tried)} tried for a few "
+                "epochs the one with the lowest validation cross entropy"
             )
         return float(known[plan]["chosen"])
 

@@ -36,6 +36,7 @@ from dashboard.job_view import may_start, show_job, start
 from dashboard.selection import aliases, problems_shown, selected
 from repair.config import AUTO, OPTIMIZERS, RepairConfig
 from repair.losses import LOSSES
+from repair.rates import RATES
 
 DEFAULTS = RepairConfig()
 
@@ -140,8 +141,13 @@ def _show_form(run: Run, *, open_at_once: bool) -> None:
             loss = st.selectbox("Loss", [AUTO, *LOSSES], width=160)
             optimizer = st.selectbox("Optimizer", OPTIMIZERS, width=160)
             epochs = st.number_input("Epochs", 1, 1000, DEFAULTS.epochs, width=160)
-            rate = st.number_input(
-                "Learning rate", 1e-6, 10.0, DEFAULTS.rate, format="%.4g", width=160
+            rate = st.selectbox(
+                "Learning rate",
+                [AUTO, *(f"{rate:g}" for rate in RATES["sgd"])],
+                accept_new_options=True,
+                help="auto: of several the one that does best in a few epochs. Another one can be "
+                "typed in.",
+                width=160,
             )
             seed = st.number_input("Seed", 0, 2**31 - 1, DEFAULTS.seed, width=160)
         controls = st.toggle(
@@ -160,7 +166,7 @@ def _show_form(run: Run, *, open_at_once: bool) -> None:
                     f"--loss={loss}",
                     f"--optimizer={optimizer}",
                     f"--epochs={int(epochs)}",
-                    f"--lr={rate:g}",
+                    f"--lr={rate}",
                     f"--seed={int(seed)}",
                     *([] if controls else ["--no-controls"]),
                 ],

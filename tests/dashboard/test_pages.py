@@ -379,12 +379,14 @@ def test_the_form_starts_the_command_on_this_run_alone(visit, runs, monkeypatch)
     run = runs["rejected"]
     app = visit(run.path, "repair")
     _box(app, "Loss").set_value("ce")
+    _box(app, "Learning rate").set_value("0.03")
     form = next(one for one in app.main.button if one.label == "Start the repair")
     app = form.click().run()
     assert not app.exception
     ((kind, path, arguments, served),) = started
     assert (kind, path, served) == ("repair", run.path, [run.path])
     assert arguments[:2] == ["--name=features.19", "--loss=ce"]
+    assert "--lr=0.03" in arguments
 
 
 def test_a_server_that_is_read_only_offers_to_start_nothing(visit, runs, monkeypatch) -> None:  # type: ignore[no-untyped-def]

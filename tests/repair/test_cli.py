@@ -69,6 +69,7 @@ def test_json_is_the_only_thing_on_stdout(
     (finished,) = run.repairs
     assert json.loads(out) == finished.info
     assert finished.info["config"]["epochs"] == 1 and finished.info["config"]["lambda"] == 0.9
+    assert finished.info["config"]["lr"] == "auto" and set(finished.info["rates"]) == {"repair"}
     assert finished.info["command"][:2] == ["repair", "layer"]
     code, out, _ = command("export", "--run", run.path, "--json")
     assert code == 0 and json.loads(out) == finished.onnx

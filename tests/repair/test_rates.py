@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from rich.console import Console, RenderableType
 import repair.layer
 from audit.errors import UsageError
 from audit.files import sha256_file
+from audit.report import material_sentences
 from audit.runs import RepairFolder, Run
 from repair.config import RepairConfig
 from repair.layer import RepairRequest, repair_layer
 from repair.options import parse_rate
-from repair.rates import RATES, TRIED_EPOCHS, best_rate
+from repair.rates import RATES, TRIED_EPOCHS, best_rate, try_rates
 from repair.summary import repair_summary
 
 from .conftest import write_run
@@ -46,8 +48,9 @@ def test_what_each_rate_comes_to_is_what_a_repair_by_it_comes_to(
     chosen: RepairFolder, make_module_run: MakeRun
 ) -> None:
     told = chosen.info["rates"]["repair"]["val_ce"]
-    assert list(told) == [f"{rate:g}" for rate in RATES]
-    for rate in (RATES[0], RATES[2], RATES[-1]):
+    rates = RATES["sgd"]
+    assert list(told) == [f"{rate:g}" for rate in rates]
+    for rate in (rates[0], rates[2], rates[-1]):
         config = replace(CONFIG, learning_rate=rate, epochs=TRIED_EPOCHS, controls=("ce",), seeds=1)
         by_rate = repair_layer(make_module_run(), config, RepairRequest())
         for role in ("repair", "ce"):
@@ -76,6 +79,9 @@ def test_repair_and_controls_are_those_of_the_rates_that_did_best(
     told = console_text(repair_summary(chosen))
     assert f"Learning rate {rates['repair']['chosen']:g}, the best of 6 that were tried." in told
     assert "Learning rate" not in console_text(repair_summary(by_hand))
+    rate = f"The learning rate was {rates['repair']['chosen']:g}, of 6 tried"
+    assert [s for s in material_sentences(chosen.info) if s.startswith(rate)]
+    assert not [s for s in material_sentences(by_hand.info) if "learning rate" in s]
 
 
 def console_text(told: RenderableType) -> str:
@@ -115,6 +121,21 @@ def test_a_resumed_repair_keeps_the_rates_it_had(
     assert tries == ["tried"]  # the control's alone
     assert resumed.info["rates"] == chosen.info["rates"]
     assert sha256_file(resumed.weights) == sha256_file(chosen.weights)
+
+
+@pytest.mark.parametrize("epochs", [1, 10])
+def test_rates_are_the_optimizers_and_no_longer_tried_than_trained_by(epochs: int) -> None:
+    asked: list[RepairConfig] = []
+
+    def train(config: RepairConfig) -> Any:
+        asked.append(config)
+        return SimpleNamespace(history=[{"val_ce": 0.7}, {"val_ce": 0.5}, {"val_ce": 0.6}, {}])
+
+    config = RepairConfig(optimizer="adamw", schedule="cosine", epochs=epochs, learning_rate="auto")
+    assert set(try_rates(train, config).values()) == {0.5}
+    assert [one.rate for one in asked] == pytest.approx([rate / 10 for rate in RATES["sgd"]])
+    assert {one.epochs for one in asked} == {min(epochs, TRIED_EPOCHS)}
+    assert {(one.optimizer, one.schedule) for one in asked} == {("adamw", "constant")}
 
 
 def test_of_rates_that_do_nothing_the_lowest_is_taken() -> None:
