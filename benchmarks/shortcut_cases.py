@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +75,8 @@ class Lessons:
             another photo's (`repair.teaching`), (N, K).
         train_changed: Their counterfactuals.
         validation_changed: Those of the validation photos.
+        around_right: Share of the photos that the faulty network gets right with the objects
+            painted over (`repair.surroundings`); None for marks.
     """
 
     train: Pool
@@ -83,6 +85,7 @@ class Lessons:
     targets: Tensor
     train_changed: Pool
     validation_changed: Pool
+    around_right: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +324,13 @@ def _background_lessons(case: Case, regime: Regime, seed: int) -> Lessons:
     chance = AGREEING if regime == "biased" else 0.5
     found = _pictures(TRAIN + VALIDATION, "train", chance, 100 + seed)
     carries = torch.ones(len(found.masks), dtype=torch.bool)
-    return _lessons(case, found.pool, found.masks, carries, TRAIN, seed, hide_objects=True)
+    given = _lessons(case, found.pool, found.masks, carries, TRAIN, seed, hide_objects=True)
+    painted = [
+        without_object(image, mask)
+        for image, mask in zip(found.pool.images, found.masks, strict=True)
+    ]
+    around = Pool(images=torch.stack(painted), labels=found.pool.labels)
+    return replace(given, around_right=faults.predictions_right(case.faulty, around))
 
 
 def _with_background(healthy: Program, layer: str, *, seed: int) -> Program:

@@ -1,17 +1,18 @@
 """What a repair does unless told otherwise: it depends on what the scan knows.
 
 Images in which a shortcut is wrong often enough teach a layer better of it, as they are, than made
-ones do. So where an error group's artefact or region is wrong in a quarter of the images, the
-repair is told where it is, by the loss `energy`, and that is all. Where it is nearly always right
-the images are counterfactual: an artefact is another image's pixels, and the layer learns what the
-network itself says of the image without it (`repair.teaching`); of a region, and of masks, which
-say nothing about how often the rest misleads, the loss is `energy` again. Where nothing is known it
-is the paper's. `benchmarks/repair_shortcut.py` has the figures.
+ones do. So where an error group's artefact or region is wrong in a quarter of the images, or what
+the network says of them once the masked objects are painted over, the repair is told where to look,
+by the loss `energy`, and that is all. Where it is nearly always right the images are
+counterfactual: an artefact is another image's pixels, and the layer learns what the network itself
+says of the image without it (`repair.teaching`); of a region, and of what lies around an object,
+the loss is `energy` again. Where nothing is known it is the paper's.
+`benchmarks/repair_shortcut.py` has the figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,8 @@ DISTILL = 0.8
 """Share of the network's own answers where an artefact is known."""
 
 ENOUGH_COUNTEREXAMPLES = 0.25
-"""Share wrong of the images in which the network looks at a group's region, or that carry its
-artefact."""
+"""Share wrong of the images in which the network looks at a group's region, that carry its
+artefact, or whose objects are painted over."""
 
 
 def settle(
@@ -42,6 +43,7 @@ def settle(
     *,
     masks: Path | None = None,
     group: str | None = None,
+    around: Callable[[Path], float | None] = lambda masks: None,
 ) -> tuple[RepairConfig, str | None]:
     """Return the settings with those that were left to the run decided, and how, in one line.
 
@@ -52,11 +54,13 @@ def settle(
         choose: Which of `loss`, `counterfactuals` and `distill` the run decides.
         masks: Masks that the user names.
         group: Error group that the user names.
+        around: Returns how often the network is right without the masked objects, see
+            `repair.surroundings`; None where nobody knows.
     """
     if "loss" not in choose:
         return config, None
     source = guidance_source(run, masks=masks, group=group)
-    made = source is not None and not _enough(run, source)
+    made = source is not None and not _enough(run, source, around)
     answers = made and not isinstance(source, Path) and bool((source or {}).get("artefact"))
     if answers:
         loss, reason = ARTEFACT_LOSS, "it is known which pixels mislead the network"
@@ -76,7 +80,9 @@ def settle(
     return config, f"the loss is {loss}{images}: {reason}; --loss chooses another"
 
 
-def _enough(run: Run, source: Path | Mapping[str, Any]) -> bool:
-    """Whether images show often enough that what a group says is wrong; of masks nobody knows."""
-    agreeing = None if isinstance(source, Path) else share_right(run, source)
+def _enough(
+    run: Run, source: Path | Mapping[str, Any], around: Callable[[Path], float | None]
+) -> bool:
+    """Whether images show often enough that what misleads the network is wrong."""
+    agreeing = around(source) if isinstance(source, Path) else share_right(run, source)
     return agreeing is not None and 1 - agreeing >= ENOUGH_COUNTEREXAMPLES

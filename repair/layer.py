@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ from repair.outcome import (
 )
 from repair.rates import RATES, best_rate, try_rates
 from repair.sources import open_scanned_network
+from repair.surroundings import share_right_without_objects
 from repair.tracking import TrainingLog, check_tensorboard
 from repair.training import DamagedCheckpointError, Row, Trained, predict, train_layer
 
@@ -144,15 +146,28 @@ def repair_layer(
         code=request.code,
     )
     layer = network.layer(name)
-    settled = None
-    if resumed is None:
-        config, settled = settle(
-            run, layer, config, request.choose, masks=request.masks, group=request.group
-        )
-    check_has_maps(layer, config)
     images = RepairImages.open(
         run, network, data=request.data, train=request.train, seed=config.seed
     )
+    settled = None
+    if resumed is None:
+        config, settled = settle(
+            run,
+            layer,
+            config,
+            request.choose,
+            masks=request.masks,
+            group=request.group,
+            around=partial(
+                share_right_without_objects,
+                network,
+                images.folder,
+                [*images.positions["train"], *images.positions["val"]],
+                seed=config.seed,
+                batch_size=config.batch_size,
+            ),
+        )
+    check_has_maps(layer, config)
     guide = find_guide(run, network, images, config, masks=request.masks, group=request.group)
     guidance = guide(layer)  # refused before a folder is made
     hidden = hidden_pixels(run, network, images, config, masks=request.masks, group=request.group)
