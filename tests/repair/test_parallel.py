@@ -68,9 +68,12 @@ def test_two_processes_give_the_weights_of_one(make_run: MakeRun) -> None:
 
 def test_torchrun_starts_them_too(make_run: MakeRun) -> None:
     run = make_run()
-    outcome(repair(run, "--no-controls", "--json"))
+    given = ("--no-controls", "--json", "--lr", "auto")
+    one = outcome(repair(run, *given))["rates"]["repair"]
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    outcome(repair(run, "--no-controls", "--json", launcher=launcher))
+    two = outcome(repair(run, *given, launcher=launcher))["rates"]["repair"]
+    assert two["chosen"] == one["chosen"]
+    assert two["val_ce"] == pytest.approx(one["val_ce"], rel=1e-4)
     first, second = (open_repair(path) for path in sorted((run.path / "repairs").iterdir()))
     weights = load_file(first.weights)
     for name, value in load_file(second.weights).items():
