@@ -21,7 +21,7 @@ itself where the mark, or the background, is another photo's (`repair.teaching`)
 layer at fault, the other rows are of the layer that the scan would have repaired. `default` is what
 `repair layer` does then (`repair.defaults`): for marks `answers` where the photos are biased, which
 a scan of them counts, and `energy` where they are balanced; for backgrounds `energy`, on
-counterfactuals unless the network is wrong on a quarter of the photos once their objects are
+counterfactuals unless the network is wrong on a third of the photos once their objects are
 painted over; `trust` where a scan found no group; cross
 entropy for a loss of maps in a layer that has none. Controls: plain cross entropy (`ce`), the maps
 of other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 2022), all layers
@@ -65,7 +65,7 @@ from audit.chance import holm
 from audit.networks.program import Program, Split
 from repair.cache import CacheKind, CrossingBatch
 from repair.config import AUTO, RepairConfig
-from repair.defaults import ARTEFACT_LOSS, DISTILL, ENOUGH_COUNTEREXAMPLES
+from repair.defaults import ARTEFACT_LOSS, DISTILL, ENOUGH_WRONG_AROUND
 from repair.image_masks import ImageMasks
 from repair.rates import best_rate, try_rates
 from repair.teaching import mixed_targets
@@ -340,7 +340,7 @@ def with_default(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         around = row.get("around_right")
         picked = BY_ARTEFACT[row["regime"]]
         if row["kind"] == "background":
-            often_wrong = around is not None and 1 - around >= ENOUGH_COUNTEREXAMPLES
+            often_wrong = around is not None and 1 - around >= ENOUGH_WRONG_AROUND
             picked = "energy" if often_wrong else BY_MASKS
         elif not row.get("told", True):
             picked = "trust"

@@ -82,7 +82,7 @@ def test_images_without_a_mask_are_not_asked_and_too_few_say_nothing(
 
 
 @pytest.mark.parametrize(
-    ("right", "made"), [(None, True), (0.95, True), (0.76, True), (0.75, False), (0.5, False)]
+    ("right", "made"), [(None, True), (0.95, True), (0.67, True), (0.66, False), (0.5, False)]
 )
 def test_images_whose_surroundings_are_wrong_often_enough_are_learned_from_as_they_are(
     make_run: MakeRun, tmp_path: Path, right: float | None, made: bool
@@ -119,7 +119,7 @@ def test_a_repair_with_masks_goes_by_it(
         share[name] = by_hand(network, folder, known, masks)
     wrong = {name: 1 - right for name, right in share.items()}
     assert wrong["all but a rim"] < wrong["a pixel"] - 0.05  # the layer is damaged
-    monkeypatch.setattr("repair.defaults.ENOUGH_COUNTEREXAMPLES", wrong["a pixel"] - 0.01)
+    monkeypatch.setattr("repair.defaults.ENOUGH_WRONG_AROUND", wrong["a pixel"] - 0.01)
     for name in share:
         request = RepairRequest(masks=tmp_path / name, choose=AUTO)
         config = repair_layer(make_run(), CONFIG, request).info["config"]
