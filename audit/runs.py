@@ -374,6 +374,18 @@ class Run(_Folder):
         layers = self.verdict.get("layers") or []
         return str(self.verdict.get("flagged") or layers[0]) if layers else None
 
+    @property
+    def best_by_trial(self) -> str | None:
+        """The layer whose trial repair did most, None where none was tried.
+
+        To begin with where the verdict flags none: it says so of this layer.
+        """
+        try:
+            tried = self.layers.dropna(subset=["trial_gain"])
+        except RunError:
+            return None
+        return str(tried.loc[tried["trial_gain"].idxmax(), "name"]) if len(tried) else None
+
     @cached_property
     def images(self) -> pd.DataFrame:
         return self._table("images.parquet", RUN_IMAGES)

@@ -259,8 +259,9 @@ def run_case(planted: dict[str, Any], folder: Path, options: argparse.Namespace)
         ]
     )
     run = newest_run(runs)
-    # Without --name the layer that the verdict flags is repaired; a verdict `none` flags none.
-    name = ["--name", _first_ranked(run.layers)] if run.verdict["verdict"] == "none" else []
+    # Without --name the layer that the verdict flags is repaired; a verdict `none` flags none
+    # and tells whose trial did most.
+    name = ["--name", run.best_by_trial] if run.verdict["verdict"] == "none" else []
     repair = run_command(["repair", "layer", "--run", run.path, *name, *options.repair])
     export = run_command(["repair", "export", "--run", run.path])
     report = run_command(["audit", "report", run.path])
@@ -289,7 +290,7 @@ def case_row(
         "planted_trial_gain": _number(layers.loc[planted["layer"], "trial_gain"]),
         "best_trial_gain": _number(layers["trial_gain"].max()),
         "repaired_layer": repaired,
-        "repaired_layer_named_by": "the first rank, given by --name" if named else "the verdict",
+        "repaired_layer_named_by": "the best trial, given by --name" if named else "the verdict",
         "repaired_is_planted": repaired == planted["layer"],
         "decision": repair.info["decision"],
         "decision_reasons": repair.info["reasons"],
@@ -365,10 +366,6 @@ def summarize(cases: Sequence[dict[str, Any]]) -> dict[str, float]:
         "longest_case_minutes": max(case["total_seconds"] for case in cases) / 60,
         "peak_memory_mib": max(max(case["peak_memory_mib"].values()) for case in cases),
     }
-
-
-def _first_ranked(layers: pd.DataFrame) -> str:
-    return str(layers.sort_values("rank").iloc[0]["name"])
 
 
 def _rank(layers: pd.DataFrame, name: str) -> int:

@@ -23,7 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cats_dogs
 import faults
@@ -96,8 +96,8 @@ class Case:
         healthy: The network before.
         faulty: The network with the shortcut.
         planted: The layer that learned it.
-        flagged: The layer that `repair layer` takes after a scan; the most blamed where it would
-            take none.
+        flagged: The layer that `repair layer` takes after a scan; where it would take none the one
+            that it tells of, whose trial did most.
         conflicting: Photos on which the shortcut is wrong, or says nothing.
         unaffected: Photos that it does not touch, or on which it is right.
         artefact: What an error group of the scan shares; None for backgrounds.
@@ -166,7 +166,7 @@ def mark_cases(
                 healthy=where.program,
                 faulty=faulty,
                 planted=row["planted"],
-                flagged=to_repair(row),
+                flagged=_to_repair(row),
                 conflicting=Pool(
                     images=faults.marked(where.judging.images, row["kind"]),
                     labels=where.judging.labels,
@@ -177,6 +177,10 @@ def mark_cases(
             )
         )
     return found
+
+
+def _to_repair(row: Mapping[str, Any]) -> str:
+    return str(row["first_by_trial"]) if row["verdict"] == "none" else to_repair(row)
 
 
 def lessons(case: Case, regime: Regime, seed: int, work: Path) -> Lessons:
@@ -307,7 +311,7 @@ def background_cases(work: Path, networks: Sequence[str], training_seed: int) ->
                 healthy=healthy,
                 faulty=faulty,
                 planted=planted,
-                flagged=to_repair(found),
+                flagged=_to_repair(found),
                 conflicting=judged.rows(against),
                 unaffected=judged.rows(~against),
             )

@@ -241,9 +241,11 @@ def flagged_layer(run: Run) -> str:
     """
     flagged, verdict = run.flagged_layer, run.verdict.get("verdict")
     if verdict == "none" or flagged is None:
+        best = run.best_by_trial
+        most = f", such as --name {best}, whose short repair did most" if best else ""
         raise RunError(
             f"the scan found no layer at fault (verdict: {verdict}); to repair one all the same, "
-            "name it with --name LAYER"
+            f"name it with --name LAYER{most}"
         )
     return flagged
 

@@ -127,7 +127,7 @@ def _show_form(run: Run, *, open_at_once: bool) -> None:
     known = aliases(run)
     names = [str(name) for name in run.layers.sort_values("rank", na_position="last")["name"]]
     try:
-        flagged = run.flagged_layer
+        flagged = run.flagged_layer or run.best_by_trial
     except RunError:
         flagged = None
     with st.expander("Repair a layer", expanded=open_at_once), st.form("repair-form", border=False):

@@ -389,6 +389,15 @@ def test_the_form_starts_the_command_on_this_run_alone(visit, runs, monkeypatch)
     assert "--lr=0.03" in arguments
 
 
+def test_the_form_begins_with_the_best_trial_where_no_layer_is_flagged(visit, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    run = build_run(tmp_path, verdict="none")
+    layers = run.layers.assign(trial_gain=run.layers["rank"] / 1000)  # the last one's is the best
+    run.write_layers(layers.to_dict(orient="list"))
+    app = visit(run.path, "repair")
+    last = layers.loc[layers["rank"].idxmax(), "name"]
+    assert _box(app, "Layer, most likely at fault first").value == last
+
+
 def test_a_server_that_is_read_only_offers_to_start_nothing(visit, runs, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("LAYERMEND_READ_ONLY", "1")
     for page in ("repair", "export"):

@@ -42,8 +42,13 @@ def test_the_layer_that_the_verdict_would_have_repaired_is_the_one(tmp_path: Pat
     run.write_verdict({"verdict": "spread", "layers": ["a", "b"], "flagged": "b"})
     assert flagged_layer(run) == "b"
     run.write_verdict({"verdict": "none", "layers": [], "flagged": None})
-    with pytest.raises(RunError, match="found no layer at fault"):
+    with pytest.raises(RunError, match=r"found no layer at fault .* name it with --name LAYER$"):
         flagged_layer(run)
+    run.write_layers({"name": ["a", "b", "c"], "rank": [1, 2, 3], "trial_gain": [0.1, 0.2, None]})
+    with pytest.raises(
+        RunError, match="--name LAYER, such as --name b, whose short repair did most"
+    ):
+        flagged_layer(open_run(run.path))
 
 
 def test_the_flagged_layer_is_repaired_and_accepted(finished: tuple[Run, RepairFolder]) -> None:
