@@ -20,15 +20,15 @@ each fault, in every photo alike; for backgrounds the mask. `trust` is the paper
 itself where the mark, or the background, is another photo's (`repair.teaching`). `planted` is the
 layer at fault, the other rows are of the layer that the scan would have repaired. `default` is what
 `repair layer` does then (`repair.defaults`): for marks `answers` where the photos are biased, which
-a scan of them counts, and `energy` where they are balanced; for backgrounds `energy`, on
-counterfactuals unless the network is wrong on a third of the photos once their objects are
-painted over; `trust` where a scan found no group; cross
+a scan of them counts, and `energy` where they are balanced; for backgrounds `energy` on
+counterfactuals, since masks say nothing about that; `trust` where a scan found no group; cross
 entropy for a loss of maps in a layer that has none. Controls: plain cross entropy (`ce`), the maps
 of other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 2022), all layers
 (`full`), all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's
 against `ce` on the same layer, all faults and draws together, corrected after Holm. What the
 table's claims are of is done with three draws of photos, the other losses and controls with the
-first.
+first. `around_right`: how often the faulty network is right on photos with the objects painted over,
+which would tell biased backgrounds from balanced ones; nothing goes by it.
 
 That share, and cross entropy for `energy`, were chosen on faults of other planting seeds (104 to
 126, VGG) and another draw of photos, at a learning rate of 0.01: `tune` repeats that, and keeps its
@@ -65,7 +65,7 @@ from audit.chance import holm
 from audit.networks.program import Program, Split
 from repair.cache import CacheKind, CrossingBatch
 from repair.config import AUTO, RepairConfig
-from repair.defaults import ARTEFACT_LOSS, DISTILL, ENOUGH_WRONG_AROUND
+from repair.defaults import ARTEFACT_LOSS, DISTILL
 from repair.image_masks import ImageMasks
 from repair.rates import best_rate, try_rates
 from repair.teaching import mixed_targets
@@ -337,12 +337,8 @@ def with_default(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with those of `default`, which repeat the row that the rule picks."""
     repeated, known = [], {_key(row) for row in rows}
     for row in rows:
-        around = row.get("around_right")
-        picked = BY_ARTEFACT[row["regime"]]
-        if row["kind"] == "background":
-            often_wrong = around is not None and 1 - around >= ENOUGH_WRONG_AROUND
-            picked = "energy" if often_wrong else BY_MASKS
-        elif not row.get("told", True):
+        picked = BY_MASKS if row["kind"] == "background" else BY_ARTEFACT[row["regime"]]
+        if not row.get("told", True):
             picked = "trust"
         if (*_key(row)[:3], picked) not in known:
             picked = WITHOUT_MAPS[picked]

@@ -76,7 +76,7 @@ class Lessons:
         train_changed: Their counterfactuals.
         validation_changed: Those of the validation photos.
         around_right: Share of the photos that the faulty network gets right with the objects
-            painted over (`repair.surroundings`); None for marks.
+            painted over; None for marks.
     """
 
     train: Pool

@@ -1,18 +1,17 @@
 """What a repair does unless told otherwise: it depends on what the scan knows.
 
 Images in which a shortcut is wrong often enough teach a layer better of it, as they are, than made
-ones do. So where an error group's artefact or region is wrong in a quarter of the images, or the
-network in a third of them once the masked objects are painted over, the repair is told where to
-look, by the loss `energy`, and that is all. Where it is nearly always right the images are
-counterfactual: an artefact is another image's pixels, and the layer learns what the network itself
-says of the image without it (`repair.teaching`); of a region, and of what lies around an object,
-the loss is `energy` again. Where nothing is known it is the paper's.
-`benchmarks/repair_shortcut.py` has the figures.
+ones do. So where an error group's artefact or region is wrong in a quarter of the images, the
+repair is told where it is, by the loss `energy`, and that is all. Where it is nearly always right
+the images are counterfactual: an artefact is another image's pixels, and the layer learns what the
+network itself says of the image without it (`repair.teaching`); of a region, and of masks, which
+say nothing about how often the rest misleads, the loss is `energy` again. Where nothing is known it
+is the paper's. `benchmarks/repair_shortcut.py` has the figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +33,6 @@ ENOUGH_COUNTEREXAMPLES = 0.25
 """Share wrong of the images in which the network looks at a group's region, or that carry its
 artefact."""
 
-ENOUGH_WRONG_AROUND = 1 / 3
-"""Share wrong of the images whose objects are painted over. It counts slips too: where what lies
-around is right for 95 of 100, networks that go by it were wrong about 19 to 23 of 100."""
-
 
 def settle(
     run: Run,
@@ -47,7 +42,6 @@ def settle(
     *,
     masks: Path | None = None,
     group: str | None = None,
-    around: Callable[[Path], float | None] = lambda masks: None,
 ) -> tuple[RepairConfig, str | None]:
     """Return the settings with those that were left to the run decided, and how, in one line.
 
@@ -58,13 +52,11 @@ def settle(
         choose: Which of `loss`, `counterfactuals` and `distill` the run decides.
         masks: Masks that the user names.
         group: Error group that the user names.
-        around: Returns how often the network is right without the masked objects, see
-            `repair.surroundings`; None where nobody knows.
     """
     if "loss" not in choose:
         return config, None
     source = guidance_source(run, masks=masks, group=group)
-    made = source is not None and not _enough(run, source, around)
+    made = source is not None and not _enough(run, source)
     answers = made and not isinstance(source, Path) and bool((source or {}).get("artefact"))
     if answers:
         loss, reason = ARTEFACT_LOSS, "it is known which pixels mislead the network"
@@ -84,12 +76,7 @@ def settle(
     return config, f"the loss is {loss}{images}: {reason}; --loss chooses another"
 
 
-def _enough(
-    run: Run, source: Path | Mapping[str, Any], around: Callable[[Path], float | None]
-) -> bool:
-    """Whether images show often enough that what misleads the network is wrong."""
-    if isinstance(source, Path):
-        agreeing, enough = around(source), ENOUGH_WRONG_AROUND
-    else:
-        agreeing, enough = share_right(run, source), ENOUGH_COUNTEREXAMPLES
-    return agreeing is not None and 1 - agreeing >= enough
+def _enough(run: Run, source: Path | Mapping[str, Any]) -> bool:
+    """Whether images show often enough that what a group says is wrong; of masks nobody knows."""
+    agreeing = None if isinstance(source, Path) else share_right(run, source)
+    return agreeing is not None and 1 - agreeing >= ENOUGH_COUNTEREXAMPLES

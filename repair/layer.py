@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,6 @@ from repair.outcome import (
 )
 from repair.rates import RATES, best_rate, try_rates
 from repair.sources import open_scanned_network
-from repair.surroundings import share_right_without_objects
 from repair.tracking import TrainingLog, check_tensorboard
 from repair.training import DamagedCheckpointError, Row, Trained, predict, train_layer
 
@@ -146,28 +144,15 @@ def repair_layer(
         code=request.code,
     )
     layer = network.layer(name)
-    images = RepairImages.open(
-        run, network, data=request.data, train=request.train, seed=config.seed
-    )
     settled = None
     if resumed is None:
         config, settled = settle(
-            run,
-            layer,
-            config,
-            request.choose,
-            masks=request.masks,
-            group=request.group,
-            around=partial(
-                share_right_without_objects,
-                network,
-                images.folder,
-                [*images.positions["train"], *images.positions["val"]],
-                seed=config.seed,
-                batch_size=config.batch_size,
-            ),
+            run, layer, config, request.choose, masks=request.masks, group=request.group
         )
     check_has_maps(layer, config)
+    images = RepairImages.open(
+        run, network, data=request.data, train=request.train, seed=config.seed
+    )
     guide = find_guide(run, network, images, config, masks=request.masks, group=request.group)
     guidance = guide(layer)  # refused before a folder is made
     hidden = hidden_pixels(run, network, images, config, masks=request.masks, group=request.group)
