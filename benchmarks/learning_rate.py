@@ -1,4 +1,4 @@
-"""A learning rate chosen for the layer (`--lr auto`) beside the one that a repair has otherwise.
+"""A learning rate chosen for the layer, as `repair layer` does, beside the paper's 0.01.
 
 Watermarks and borders planted by `localize.py` in the small networks are repaired in the layer that
 the scan would have repaired, from 300 photos: where the mark is wrong half of the time by the loss
