@@ -68,8 +68,7 @@ class Control:
 
 CONTROLS: dict[str, Control] = {
     "ce": Control(
-        description="plain cross entropy on the same layer: same images, order, steps and "
-        "learning rate",
+        description="plain cross entropy on the same layer: same images, order and steps",
         plain=True,
     ),
     "shuffled": Control(

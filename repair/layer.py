@@ -432,9 +432,11 @@ class _Repair:
         """Return the learning rate that does best; a resumed repair keeps the one it had."""
         known = self.folder.info.get("rates", {})
         if plan not in known:
-            with console.progress(
-                f"learning rates for {what}", len(RATES[config.optimizer])
-            ) as bar:
+            rates = len(RATES[config.optimizer])
+            with (
+                self._timed(f"learning rates of {plan}"),
+                console.progress(f"learning rates for {what}", rates) as bar,
+            ):
                 tried = try_rates(train, config, on_tried=bar.advance)
             chosen = {"chosen": best_rate(tried), "val_ce": {f"{r:g}": v for r, v in tried.items()}}
             known = {**known, plan: chosen}

@@ -76,6 +76,7 @@ def test_repair_and_controls_are_those_of_the_rates_that_did_best(
     assert sha256_file(chosen.weights) == sha256_file(by_hand.weights)
     assert "rates" not in by_hand.info
     assert chosen.info["config"]["lr"] == "auto"
+    assert {f"learning rates of {plan}" for plan in rates} <= set(chosen.info["timings_s"])
     told = console_text(repair_summary(chosen))
     assert f"Learning rate {rates['repair']['chosen']:g}, the best of 6 that were tried." in told
     assert "Learning rate" not in console_text(repair_summary(by_hand))
