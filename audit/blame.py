@@ -128,9 +128,9 @@ def _silent(one: LayerEvidence) -> float:
 
 
 def _onset(one: LayerEvidence) -> float:
-    """First layers are left out: their drift may be that of the images. That of images without the
-    artefact is not the artefact's."""
-    if math.isnan(one.drift_onset) or (one.first_in_line and not one.without_artefact):
+    """First layers are left out: their drift may be that of the images, which need not be like
+    those of the training even where they show no artefact."""
+    if math.isnan(one.drift_onset) or one.first_in_line:
         return 0.0
     return min(max(one.drift_onset, 0.0), _MOST_ONSET)
 

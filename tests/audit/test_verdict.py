@@ -299,7 +299,7 @@ def test_no_drift_without_the_artefact_leaves_it_open_whether_a_layer_was_taught
 def test_drift_of_a_first_layer_without_the_artefact_is_said_with_its_doubt() -> None:
     scores = plainly([evidence("a", 0.9, first_in_line=True), *QUIET[1:]])
     found = verdict_on(scores, artefacts=1, plain=70)
-    assert (found.verdict, found.layers) == ("localized", ("a",))
+    assert (found.verdict, found.layers[0]) == ("spread", "a")
     (told,) = (reason for reason in found.reasons if "may also differ" in reason)
     assert told.startswith(
         "On 70 images without the artefact the outputs of `a` have left what its batch norm "
