@@ -222,10 +222,18 @@ def main() -> None:
 
 
 def applies(case: Case, method: Method) -> bool:
-    """Return whether a method is tried on a case: its layer is known and has the maps it needs."""
-    place = layer_of(case, method.place)
-    needs_maps = method.config.loss_function.needs_maps
-    return place == "all" or not needs_maps or case.faulty.layer(place).has_maps
+    """Return whether a method is tried on a case: its layer has the maps it needs, and it is known
+    what must not matter where the method is told so."""
+    place, loss = layer_of(case, method.place), method.config.loss_function
+    is_told = method.changed or method.config.distill > 0 or loss.needs_masks
+    if is_told and not _known(case):
+        return False
+    return place == "all" or not loss.needs_maps or case.faulty.layer(place).has_maps
+
+
+def _known(case: Case) -> bool:
+    """Whether a user could say what must not matter: by masks, or by what the scan found."""
+    return case.kind == "background" or case.artefact is not None or bool(case.region)
 
 
 def repair_all(
@@ -233,7 +241,7 @@ def repair_all(
 ) -> list[dict[str, Any]]:
     """Return the rows of the methods on one case with one draw of photos."""
     known = {"case": case.name, "network": case.network, "kind": case.kind, **known}
-    known["told"] = case.kind == "background" or case.artefact is not None or bool(case.region)
+    known["told"] = _known(case)
     known["around_right"] = given.around_right
     pools = {"conflicting": case.conflicting, "unaffected": case.unaffected}
     for which, program in (("healthy", case.healthy), ("faulty", case.faulty)):
