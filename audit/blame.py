@@ -136,7 +136,9 @@ def _onset(one: LayerEvidence) -> float:
 
 
 def _cleared(one: LayerEvidence) -> float:
-    return float(one.without_artefact and one.drift_onset < CLEARED_ONSET)  # NaN is not
+    """First layers are left out here too: what they drift by when taught an artefact is little."""
+    told = one.without_artefact and not one.first_in_line
+    return float(told and one.drift_onset < CLEARED_ONSET)  # NaN is not
 
 
 def _by_trial(names: Sequence[str], trials: Sequence[TrialRepair]) -> list[float]:

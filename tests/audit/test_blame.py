@@ -44,15 +44,18 @@ def test_an_onset_counts_up_to_a_limit_and_not_at_all_in_the_first_layers() -> N
     assert shares_of_blame(first, (), ()) == pytest.approx({"a": 0.5, "b": 0.5})
 
 
-def test_images_without_the_artefact_clear_layers_and_do_no_more_for_the_first_ones() -> None:
+@pytest.mark.parametrize("first", [0.1, 0.9])
+def test_images_without_the_artefact_clear_layers_and_say_nothing_of_the_first_ones(
+    first: float,
+) -> None:
     scores = [
         dataclasses.replace(evidence(name, onset, first_in_line=name == "a"), without_artefact=True)
-        for name, onset in (("a", 0.9), ("b", CLEARED_ONSET), ("c", 0.3), ("d", NAN))
+        for name, onset in (("a", first), ("b", CLEARED_ONSET), ("c", 0.3), ("d", NAN))
     ]
     onset, cleared = WITH_MEMORY["onset"], WITH_MEMORY["cleared"]
     no_trial = WITH_MEMORY["trial"] / 4
     odds = {
-        "a": math.exp(no_trial),  # the images may be unlike those of the training: not cleared
+        "a": math.exp(no_trial),
         "b": math.exp(CLEARED_ONSET * onset + no_trial),
         "c": math.exp(0.3 * onset + cleared + no_trial),
         "d": math.exp(no_trial),  # nothing is known of it
