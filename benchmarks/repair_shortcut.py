@@ -27,7 +27,7 @@ of other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 20
 (`full`), all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's
 against `ce` on the same layer, all faults and draws together, corrected after Holm. What the
 table's claims are of is done with three draws of photos, the other losses and controls with the
-first. `around_right`: how often the faulty network is right on photos with the objects painted
+first. `right_around`: how often the faulty network is right on photos with the objects painted
 over, which would tell biased backgrounds from balanced ones; nothing goes by it.
 
 That share, and cross entropy for `energy`, were chosen on faults of other planting seeds (104 to
@@ -242,7 +242,7 @@ def repair_all(
     """Return the rows of the methods on one case with one draw of photos."""
     known = {"case": case.name, "network": case.network, "kind": case.kind, **known}
     known["told"] = _known(case)
-    known["around_right"] = given.around_right
+    known["right_around"] = given.around_right
     pools = {"conflicting": case.conflicting, "unaffected": case.unaffected}
     for which, program in (("healthy", case.healthy), ("faulty", case.faulty)):
         for name, pool in pools.items():
