@@ -78,13 +78,21 @@ def drift(seen: ChannelSums, remembered: BatchNorm) -> float:
     return float(divergence.clamp(max=_MOST).mean())
 
 
-def silent_channels(seen: ChannelSums) -> float:
+def silent_channels(seen: ChannelSums, remembered: BatchNorm | None = None) -> float:
     """Return the share of channels whose output is the same for all images and places, in [0, 1].
 
-    The weights of such a channel are dead or lead nowhere; of a healthy layer hardly any is.
+    The weights of such a channel are dead or lead nowhere. Channels that died in training are no
+    damage; where a batch norm remembers them as silent they do not count.
     """
-    deviations = seen.variance.clamp(min=0).sqrt()
-    return float((deviations <= SILENCE * deviations.max()).double().mean())
+    silent = _silent(seen.variance)
+    if remembered is not None:
+        silent &= ~_silent(remembered.variance.double())
+    return float(silent.double().mean())
+
+
+def _silent(variance: Tensor) -> Tensor:
+    deviations = variance.clamp(min=0).sqrt()
+    return deviations <= SILENCE * deviations.max()
 
 
 def onsets(drifts: Mapping[str, float], feeding: Mapping[str, Iterable[str]]) -> dict[str, float]:

@@ -67,8 +67,8 @@ class LayerEvidence:
             from the images.
         without_artefact: True where the drift is that of images without the artefact that failing
             images share.
-        silent_channels: Share of its output channels that say the same whatever the image; NaN
-            without images.
+        silent_channels: Share of its output channels that say the same whatever the image, and
+            did not in training as far as a batch norm remembers; NaN without images.
     """
 
     layer: Layer
@@ -313,7 +313,10 @@ class Gathering:
             inside = {name: of / self._with_object for name, of in self._energies.items()}
         drops = _drops(inside, self._layers)
         drifts, started, feeding = _drifts(self._program, self._norms, self._outputs)
-        silent = {name: silent_channels(outputs) for name, outputs in self._outputs.items()}
+        silent = {
+            name: silent_channels(outputs, self._norms.get(name))
+            for name, outputs in self._outputs.items()
+        }
         rows = self._ordered_rows()
         return [
             replace(
