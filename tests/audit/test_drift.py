@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from audit.drift import ONSET_FLOOR, ChannelSums, drift, onsets
+from audit.drift import ONSET_FLOOR, ChannelSums, drift, onsets, silent_channels
 from audit.evidence import gather_evidence
 from audit.networks.program import BatchNorm, Program
 from audit.verdict import ONSET_THRESHOLD, drift_origin
@@ -50,6 +50,34 @@ def test_a_dead_channel_has_a_finite_drift() -> None:
     norm = BatchNorm(mean=torch.zeros(2), variance=torch.tensor([1.0, 0.0]), eps=1e-5)
     expected = 0.5 * (1e-5 / (1 + 1e-5) - 1 - math.log(1e-5 / (1 + 1e-5))) / 2  # by hand
     assert drift(sums, norm) == pytest.approx(expected, rel=1e-5)
+
+
+def test_channels_that_were_silent_in_training_are_not_counted() -> None:
+    sums = ChannelSums.empty(4, torch.device("cpu"))
+    activations = outputs()
+    activations[:, 1:3] = 2.0
+    sums.add(activations)
+    assert silent_channels(sums) == 0.5
+    for variance, share in (([4.0, 1.0, 9.0, 4.0], 0.5), ([4.0, 0.0, 9.0, 4.0], 0.25)):
+        norm = BatchNorm(mean=torch.zeros(4), variance=torch.tensor(variance), eps=1e-5)
+        assert silent_channels(sums, norm) == share
+    norm = BatchNorm(mean=torch.zeros(4), variance=torch.tensor([0.0, 0, 0, 1]), eps=1e-5)
+    assert silent_channels(sums, norm) == 0  # one that has come alive is not silent
+
+
+@pytest.mark.parametrize("when", ["in training", "after it"])
+def test_evidence_counts_channels_that_fell_silent_after_training(when: str) -> None:
+    module, images, labels = chain()
+    with torch.no_grad():
+        module[6].weight[:2] = 0
+        if when == "in training":
+            module[7].running_var[:2] = 0
+            module[7].running_mean[:2] = module[6].bias[:2]
+    program = Program.capture(module, (12, 12))
+    evidence = gather_evidence(program, [(images, labels)], list(program.layers), seed=0)
+    silent = {scores.layer.name: scores.silent_channels for scores in evidence}
+    assert silent["6"] == (0.25 if when == "after it" else 0)
+    assert silent["3"] == silent["9"] == 0
 
 
 def test_onsets_compare_with_what_feeds_a_layer_and_with_nothing_else() -> None:
