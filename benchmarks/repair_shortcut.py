@@ -241,8 +241,10 @@ def repair_all(
 ) -> list[dict[str, Any]]:
     """Return the rows of the methods on one case with one draw of photos."""
     known = {"case": case.name, "network": case.network, "kind": case.kind, **known}
-    known["told"] = _known(case)
-    known["right_around"] = given.around_right
+    if not _known(case):
+        known["told"] = False
+    if given.around_right is not None:
+        known["right_around"] = given.around_right
     pools = {"conflicting": case.conflicting, "unaffected": case.unaffected}
     for which, program in (("healthy", case.healthy), ("faulty", case.faulty)):
         for name, pool in pools.items():
@@ -359,7 +361,7 @@ def with_committed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with those of the results file, of networks that have none here."""
     own = {row["network"] for row in rows}
     kept = [row for row in read_rows("repair_shortcut") if "case" in row]
-    return [*rows, *(r for r in kept if r["method"] != DEFAULT and r["network"] not in own)]
+    return [*rows, *(row for row in kept if row["network"] not in own)]
 
 
 def with_counts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -442,7 +444,11 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         cases=sorted({row["case"] for row in rows}),
         settings={name: method.config.as_dict() for name, method in METHODS.items()},
     )
-    bare = [{k: v for k, v in row.items() if not k.endswith("_right")} for row in rows]
+    bare = [  # those of the default are repetitions
+        {key: value for key, value in row.items() if not key.endswith("_right")}
+        for row in rows
+        if row["method"] != DEFAULT
+    ]
     path = write_results("repair_shortcut", summary=summary, config=config, rows=[*tables, *bare])
     print(path)
 

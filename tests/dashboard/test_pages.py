@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -389,7 +390,9 @@ def test_the_form_starts_the_command_on_this_run_alone(visit, runs, monkeypatch)
     assert "--lr=0.03" in arguments
 
 
-def test_the_form_begins_with_the_best_trial_where_no_layer_is_flagged(visit, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_the_form_begins_with_the_best_trial_where_no_layer_is_flagged(
+    visit: Callable[..., AppTest], tmp_path: Path
+) -> None:
     run = build_run(tmp_path, verdict="none")
     layers = run.layers.assign(trial_gain=run.layers["rank"] / 1000)  # the last one's is the best
     run.write_layers(layers.to_dict(orient="list"))
