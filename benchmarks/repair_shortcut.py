@@ -34,8 +34,8 @@ That share, and cross entropy for `energy`, were chosen on faults of other plant
 126, VGG) and another draw of photos, at a learning rate of 0.01: `tune` repeats that, and keeps its
 rows in WORK/tuned.jsonl.
 
-Rows are kept as they come in WORK/rows.jsonl; a run goes on where the last one stopped. Networks
-that have no row there keep those of the results file.
+Rows are kept as they come in WORK/rows.jsonl; a run goes on where the last one stopped. Faults that
+have no row there keep those of the results file.
 
     LAYERMEND_DATA=... python benchmarks/repair_shortcut.py train [--part 0 --parts 2]
     LAYERMEND_DATA=... python benchmarks/repair_shortcut.py report
@@ -58,7 +58,7 @@ import torch
 from faults import Pool, predictions_right
 from results_file import configuration, print_table, read_rows, write_results
 from scipy.stats import binomtest
-from shortcut_cases import REGIMES, Case, Lessons, all_cases, lessons, mark_cases
+from shortcut_cases import KINDS, REGIMES, Case, Lessons, all_cases, lessons, mark_cases
 from torch import Tensor
 
 from audit.chance import holm
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument(
         "--networks", nargs="+", default=["resnet", "vgg", "efficientnet"], help="of the cases"
     )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=list(SEEDS))
     parser.add_argument(
         "--training-seed", type=int, default=0, help="of the small networks that were planted in"
@@ -202,7 +203,7 @@ def main() -> None:
         kept, draws, tried = options.work / "tuned.jsonl", [TUNING_DRAW], TUNED
         cases: Sequence[Case] = mark_cases(*given_faults, tuning=True, at_most=TUNING_CASES)
     else:
-        cases = all_cases(*given_faults)
+        cases = all_cases(*given_faults, options.kinds)
     done = {_key(row) for row in _read(options.work, "tuned" if tried is TUNED else "rows-*")}
     for seed in draws:
         for case in cases[options.part :: options.parts]:
@@ -358,10 +359,10 @@ def with_default(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def with_committed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows with those of the results file, of networks that have none here."""
-    own = {row["network"] for row in rows}
+    """Return the rows with those of the results file, of faults that have none here."""
+    own = {row["case"] for row in rows}
     kept = [row for row in read_rows("repair_shortcut") if "case" in row]
-    return [*rows, *(row for row in kept if row["network"] not in own)]
+    return [*rows, *(row for row in kept if row["case"] not in own)]
 
 
 def with_counts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -398,7 +399,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         tables += found
         print_table(f"Planted shortcuts, {regime} photos; all networks and kinds", found)
     for regime in REGIMES:
-        for kind in ("watermark", "border", "background"):
+        for kind in KINDS:
             own = [r for r in rows if (r["regime"], r["kind"]) == (regime, kind)]
             found = [_table(regime, kind, name, own) for name in (DEFAULT, *METHODS)]
             found = [table for table in found if table["repairs"]]

@@ -54,6 +54,7 @@ TRAIN, VALIDATION, JUDGED = 300, 100, 500
 AGREEING = 0.95
 PER_CELL = 2  # faults for each network and kind
 MARKS = ("watermark", "border")
+KINDS = (*MARKS, "background")
 
 SIDE = small_networks.SIZE
 GROUPS = (("animals",), ("vehicles", "household"))
@@ -442,9 +443,10 @@ def _cut_out(path: Path) -> Image.Image:
     return stamp.crop(stamp.getchannel("A").getbbox())
 
 
-def all_cases(work: Path, networks: Sequence[str], training_seed: int) -> Sequence[Case]:
-    """Return the cases of some networks; the small ones were trained by this seed."""
-    return [
-        *mark_cases(work, networks, training_seed),
-        *background_cases(work, networks, training_seed),
-    ]
+def all_cases(
+    work: Path, networks: Sequence[str], training_seed: int, kinds: Sequence[str] = KINDS
+) -> Sequence[Case]:
+    """Return the cases of some networks and kinds; the small ones were trained by this seed."""
+    marks = [case for case in mark_cases(work, networks, training_seed) if case.kind in kinds]
+    backgrounds = background_cases(work, networks, training_seed) if "background" in kinds else []
+    return [*marks, *backgrounds]
