@@ -3,7 +3,8 @@
 No single score finds every fault. Where batch norms remember what the network was trained with, the
 onset of drift says most, and the trial of the weights decides among layers that no batch norm
 follows. Without that memory, the trial of the channels says most, beside channels that have fallen
-silent. A conditional logit (McFadden 1974) joins them: each layer's score is a weighted sum, and
+silent and weights that stand out. Channels that were mixed up show in either by what moving them
+back does. A conditional logit (McFadden 1974) joins them: each layer's score is a weighted sum, and
 the shares of blame are their softmax over the layers.
 
 The weights were fitted on planted faults, but for that of layers that images without an artefact
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from audit.evidence import LayerEvidence
+from audit.moves import ChannelMove
 from audit.trials import TrialRepair, ranking
 
 __all__ = [
@@ -30,8 +32,8 @@ __all__ = [
     "suspects",
 ]
 
-WITH_MEMORY = {"onset": 4.4, "trial": 3.2, "silent": 3.5, "cleared": -3.0}
-WITHOUT_MEMORY = {"silent": 3.5, "channels": 3.1}
+WITH_MEMORY = {"onset": 4.4, "trial": 3.2, "silent": 3.5, "cleared": -3.0, "moves": 8.0}
+WITHOUT_MEMORY = {"silent": 3.5, "channels": 3.1, "moves": 8.0, "norm": 4.0}
 
 CLEARED_ONSET = 0.4
 """Onset of drift below which a layer is cleared, on images without the artefact: there a layer that
@@ -39,6 +41,7 @@ was taught the artefact drifts, and it was seen to by more (ARCHITECTURE.md)."""
 
 _MOST_ONSET = 3.0
 _MANY_SILENT = 0.1  # of the channels
+_USUAL_OUTLIER = 4.0  # robust standard deviations; twice as many say all that a norm can say
 
 
 def has_memory(evidence: Sequence[LayerEvidence]) -> bool:
@@ -51,13 +54,16 @@ def layer_features(
     evidence: Sequence[LayerEvidence],
     trials: Sequence[TrialRepair],
     channel_trials: Sequence[TrialRepair],
+    moves: Sequence[ChannelMove] = (),
 ) -> dict[str, list[float]]:
     """Return what the blame weighs: by feature, one value a layer.
 
     ``onset`` of drift, in [0, 3]; ``cleared`` 1 where images without the artefact show that the
     layer was not taught it, else 0; ``silent`` in [0, 1], full from a tenth of the channels on;
     ``trial`` one over the rank of the weight trial; ``channels`` one over the rank of the channel
-    trial, mean over its rounds.
+    trial, mean over its rounds; ``moves`` of the layer whose channel move does most its lead, in
+    [0, 1], 0 of all others; ``norm`` in [0, 1], how far the weights'
+    norm is beyond what is usual.
     """
     names = [one.layer.name for one in evidence]
     return {
@@ -66,6 +72,8 @@ def layer_features(
         "silent": [_silent(one) for one in evidence],
         "trial": _by_trial(names, trials),
         "channels": _by_channels(names, channel_trials),
+        "moves": _by_moves(names, moves),
+        "norm": [_by_norm(one) for one in evidence],
     }
 
 
@@ -73,6 +81,7 @@ def shares_of_blame(
     evidence: Sequence[LayerEvidence],
     trials: Sequence[TrialRepair],
     channel_trials: Sequence[TrialRepair],
+    moves: Sequence[ChannelMove] = (),
 ) -> dict[str, float]:
     """Return each layer's share of the blame, by name; together they are 1.
 
@@ -80,21 +89,23 @@ def shares_of_blame(
         evidence: Of every layer.
         trials: Of their weights; a layer that was not tried ranks behind those that were.
         channel_trials: Of their channels; takes part only where there is no memory.
+        moves: Of their channels.
     """
     names = [one.layer.name for one in evidence]
-    features = layer_features(evidence, trials, channel_trials)
+    features = layer_features(evidence, trials, channel_trials, moves)
     weights = WITH_MEMORY if has_memory(evidence) else WITHOUT_MEMORY
     scores = sum(weight * np.array(features[key]) for key, weight in weights.items())
     odds = np.exp(scores - np.max(scores))
     return dict(zip(names, (odds / odds.sum()).tolist(), strict=True))
 
 
-def promising(evidence: Sequence[LayerEvidence]) -> list[str]:
+def promising(evidence: Sequence[LayerEvidence], moves: Sequence[ChannelMove] = ()) -> list[str]:
     """Return the names of all layers, those first that trials should reach.
 
-    By the blame that evidence alone gives; where that is equal, by how the gradients rank them.
+    By the blame that evidence and moves alone give; where that is equal, by how the gradients rank
+    them.
     """
-    blame = shares_of_blame(evidence, (), ())
+    blame = shares_of_blame(evidence, (), (), moves)
     by_gradients = dict.fromkeys(blame, 0.0)
     scores: tuple[Callable[[LayerEvidence], float], ...] = (
         lambda one: one.relative_gradient_norm,
@@ -139,6 +150,25 @@ def _cleared(one: LayerEvidence) -> float:
     """First layers are left out here too: what they drift by when taught an artefact is little."""
     told = one.without_artefact and not one.first_in_line
     return float(told and one.drift_onset < CLEARED_ONSET)  # NaN is not
+
+
+def _by_norm(one: LayerEvidence) -> float:
+    if math.isnan(one.norm_outlier):
+        return 0.0
+    return min(max(one.norm_outlier / _USUAL_OUTLIER - 1, 0.0), 1.0)
+
+
+def _by_moves(names: Sequence[str], moves: Sequence[ChannelMove]) -> list[float]:
+    """The lead is how much more a layer's move removes than the next best layer's, as a share of
+    what it removes; or how much less error it leaves, as a share of what that one leaves."""
+    order = sorted(moves, key=lambda one: one.gain.value, reverse=True)
+    if not order or order[0].gain.low <= 0:
+        return [0.0 for _ in names]
+    best = order[0].gain.value
+    next_best = max((one.gain.value for one in order[1:]), default=0.0)
+    next_best = min(max(next_best, 0.0), best)
+    lead = (best - next_best) * max(1 / best, 1 / max(1 - next_best, 1e-12))
+    return [min(lead, 1.0) if name == order[0].layer.name else 0.0 for name in names]
 
 
 def _by_trial(names: Sequence[str], trials: Sequence[TrialRepair]) -> list[float]:

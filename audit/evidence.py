@@ -31,6 +31,7 @@ from audit.networks.program import BatchNorm, Call, Program
 from audit.parallel import Team
 from audit.saliency import layer_map, normalize_maps, target_scores
 from audit.statistics import Interval, auroc
+from audit.weight_norms import norm_outliers
 
 __all__ = ["Gathering", "LayerEvidence", "drift_over", "gather_evidence"]
 
@@ -69,6 +70,8 @@ class LayerEvidence:
             images share.
         silent_channels: Share of its output channels that say the same whatever the image, and
             did not in training as far as a batch norm remembers; NaN without images.
+        norm_outlier: How far its weights' norm is above that of the other convolutions, in robust
+            standard deviations; NaN of linear layers and where there are too few to compare.
     """
 
     layer: Layer
@@ -89,6 +92,7 @@ class LayerEvidence:
     first_in_line: bool = True
     without_artefact: bool = False
     silent_channels: float = math.nan
+    norm_outlier: float = math.nan
 
 
 @dataclass
@@ -317,6 +321,7 @@ class Gathering:
             name: silent_channels(outputs, self._norms.get(name))
             for name, outputs in self._outputs.items()
         }
+        norms = norm_outliers(self._program)
         rows = self._ordered_rows()
         return [
             replace(
@@ -328,6 +333,7 @@ class Gathering:
                 drift_onset=started.get(layer.name, math.nan),
                 first_in_line=not feeding.get(layer.name),
                 silent_channels=silent.get(layer.name, math.nan),
+                norm_outlier=norms.get(layer.name, math.nan),
             )
             for layer in self._layers
         ]

@@ -72,6 +72,21 @@ EVIDENCE = (
         panel=True,
     ),
     Evidence(
+        column="moves_gain",
+        heading="Channel moves gain",
+        explanation="Share of the held-out cross entropy that exchanging a few of the layer's "
+        "channels, or changing their sign, removes.",
+        format="share",
+        panel=True,
+    ),
+    Evidence(
+        column="norm_outlier",
+        heading="Weight norm",
+        explanation="How far the norm of the layer's weights is above that of the other "
+        "convolutions, in robust standard deviations.",
+        format="decimals",
+    ),
+    Evidence(
         column="silent_channels",
         heading="Silent channels",
         explanation="Share of the layer's channels that say the same whatever the image.",

@@ -104,7 +104,7 @@ ADDED_LATER = frozenset(
         *("gradient_agreement", "gradient_conflict"),
         *("energy_inside", "pointing_game", "energy_drop"),
         *("trial_steps", "blame", "channel_gain", "channel_gain_low", "channel_gain_high"),
-        "silent_channels",
+        *("silent_channels", "norm_outlier", "moves_gain", "moves_gain_low", "moves_gain_high"),
     }
 )
 RUN_LAYERS = {
@@ -131,10 +131,14 @@ RUN_LAYERS = {
     "bn_drift": _REAL,
     "bn_drift_onset": _REAL,
     "silent_channels": _REAL,
+    "norm_outlier": _REAL,
     "blame": _REAL,
     "channel_gain": _REAL,
     "channel_gain_low": _REAL,
     "channel_gain_high": _REAL,
+    "moves_gain": _REAL,
+    "moves_gain_low": _REAL,
+    "moves_gain_high": _REAL,
     "trial_gain": _REAL,
     "trial_gain_low": _REAL,
     "trial_gain_high": _REAL,

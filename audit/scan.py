@@ -36,6 +36,7 @@ from audit.grouping import error_groups, pixel_loader, positions_looked_at
 from audit.images import ImageFolder, load_pixels, open_image_folder
 from audit.images.masks import open_masks
 from audit.map_scores import judge_maps
+from audit.moves import ChannelMove, MoveConfig, channel_moves
 from audit.networks import Network, open_network
 from audit.networks.layers import Layer, match_layers
 from audit.observing import Findings, Predictions, Subject, loading_workers, observe, score_maps
@@ -59,6 +60,10 @@ from audit.verdict import drift_origin, judge
 __all__ = ["ScanConfig", "ScanRequest", "scan_model"]
 
 GALLERY_IMAGES = 32
+
+MOVES_SHARE = 0.25
+"""Of the budget of the trials, what moves of channels may take."""
+
 T = TypeVar("T")
 
 
@@ -189,7 +194,7 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
             lambda smaller: _without_artefacts(smaller, artefacts, evidence, predictions)
         )
     with timings.measure("trials"):
-        trials, channel_trials, held_out = fitting.run(
+        trials, channel_trials, moves, held_out = fitting.run(
             lambda smaller: _try_repairs(smaller, evidence, predictions, labels)
         )
     wrong = int((predictions.predicted[held_out] != labels[held_out]).sum())
@@ -197,6 +202,7 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         trials,
         evidence,
         channel_trials,
+        moves,
         wrong=wrong,
         images=len(held_out),
         artefacts=len(artefacts),
@@ -212,7 +218,7 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
             threshold=subject.config.map_threshold,
         )
     run.write_images(image_table(subject, findings, accuracy))
-    run.write_layers(layer_rows(subject.layers, evidence, trials, channel_trials))
+    run.write_layers(layer_rows(subject.layers, evidence, trials, channel_trials, moves))
     run.write_verdict(verdict.as_dict())
     run.write_info(
         data=data_info(request, folder, findings),
@@ -293,16 +299,18 @@ def _try_repairs(
     evidence: Sequence[LayerEvidence],
     predictions: Predictions,
     labels: np.ndarray,
-) -> tuple[list[TrialRepair], list[TrialRepair], np.ndarray]:
-    """Return trials of weights and of channels, and the positions of the images that judged them.
+) -> tuple[list[TrialRepair], list[TrialRepair], list[ChannelMove], np.ndarray]:
+    """Return trials of weights and of channels, moves of channels, and the positions of the images
+    that judged them.
 
-    Channels are tried where no batch norm remembers the training; both kinds share the budget.
+    Channels are tried where no batch norm remembers the training. Moves have a part of the budget,
+    both kinds of trials share the rest; a layer whose moves stand out is tried first.
     """
     network, folder, layers = subject.network, subject.folder, subject.layers
     config = subject.config
     learning, judging = _trial_positions(folder, predictions, labels, config)
     if not len(learning) or not len(judging):
-        return [], [], judging
+        return [], [], [], judging
     device = network.program.device
     pixels = load_pixels(
         folder, [*learning, *judging], network.card.preprocessing, batch_size=config.batch_size
@@ -314,7 +322,21 @@ def _try_repairs(
     kinds = (config.trial,) if has_memory(evidence) else (config.trial, channels)
     origin = drift_origin(evidence)
     favored = () if origin is None else (origin.layer.name,)
-    order = promising(evidence)
+    moving = MoveConfig(batch_size=config.trial.batch_size, budget_s=MOVES_SHARE * config.budget_s)
+    with console.progress("moves of channels", len(layers)) as bar:
+        moves = channel_moves(
+            network.program,
+            images[:cut],
+            targets[learning],
+            images[cut:],
+            targets[judging],
+            layers,
+            moving,
+            seed=config.seed,
+            on_layer=bar.advance,
+            checkpoint=subject.checkpoints.step("moves", shared=False),
+        )
+    order = promising(evidence, moves)
     found: list[list[TrialRepair]] = []
     with console.progress(
         "trial repairs", sum(planned_steps(len(layers), k) for k in kinds)
@@ -327,7 +349,7 @@ def _try_repairs(
                 images[cut:],
                 targets[judging],
                 layers,
-                replace(kind, budget_s=config.budget_s / len(kinds)),
+                replace(kind, budget_s=(1 - MOVES_SHARE) * config.budget_s / len(kinds)),
                 seed=config.seed,
                 promising=order,
                 favored=favored,
@@ -335,7 +357,7 @@ def _try_repairs(
                 checkpoint=subject.checkpoints.step(f"trials-{kind.kind}", shared=False),
             )
             found.append(trials)
-    return found[0], found[1] if len(found) > 1 else [], judging
+    return found[0], found[1] if len(found) > 1 else [], moves, judging
 
 
 def _trial_positions(

@@ -15,6 +15,7 @@ from audit.evidence import LayerEvidence
 from audit.images import ImageFolder
 from audit.images.records import SPLITS
 from audit.map_scores import case_record, image_columns
+from audit.moves import ChannelMove
 from audit.networks import Network
 from audit.networks.layers import Layer
 from audit.observing import Findings, Subject
@@ -58,14 +59,16 @@ def layer_rows(
     evidence: Sequence[LayerEvidence],
     trials: Sequence[TrialRepair],
     channel_trials: Sequence[TrialRepair],
+    moves: Sequence[ChannelMove],
 ) -> list[dict[str, Any]]:
     """Return the rows of layers.parquet."""
-    blame = shares_of_blame(evidence, trials, channel_trials) if trials else {}
+    blame = shares_of_blame(evidence, trials, channel_trials, moves) if trials else {}
     by_gain = [trial.layer.name for trial in ranking(trials)]
     order = sorted(by_gain, key=lambda name: -blame[name])  # stable: ties stay in order of gain
     ranks = {name: rank for rank, name in enumerate(order, start=1)}
     tried = {trial.layer.name: trial for trial in trials}
     channels = {trial.layer.name: trial.gain for trial in channel_trials}
+    by_moves = {one.layer.name: one.gain for one in moves}
     rows = []
     for layer, scores in zip(layers, evidence, strict=True):
         row: dict[str, Any] = {
@@ -92,15 +95,17 @@ def layer_rows(
             "bn_drift": scores.drift,
             "bn_drift_onset": scores.drift_onset,
             "silent_channels": scores.silent_channels,
+            "norm_outlier": scores.norm_outlier,
             "blame": blame.get(layer.name),
         }
-        if layer.name in channels:
-            gain = channels[layer.name]
-            row |= {
-                "channel_gain": gain.value,
-                "channel_gain_low": gain.low,
-                "channel_gain_high": gain.high,
-            }
+        for column, gains in (("channel_gain", channels), ("moves_gain", by_moves)):
+            if layer.name in gains:
+                gain = gains[layer.name]
+                row |= {
+                    column: gain.value,
+                    f"{column}_low": gain.low,
+                    f"{column}_high": gain.high,
+                }
         if layer.name in tried:
             trial = tried[layer.name]
             row |= {

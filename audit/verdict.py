@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from audit.blame import CLEARED_ONSET, shares_of_blame, suspects
 from audit.evidence import LayerEvidence
+from audit.moves import ChannelMove, Move
 from audit.statistics import Interval
 from audit.trials import TrialRepair, ranking
 
@@ -94,6 +95,7 @@ def judge(
     trials: Sequence[TrialRepair],
     evidence: Sequence[LayerEvidence],
     channel_trials: Sequence[TrialRepair] = (),
+    moves: Sequence[ChannelMove] = (),
     *,
     wrong: int,
     images: int,
@@ -106,6 +108,7 @@ def judge(
         trials: Of the weights of every layer that was reached.
         evidence: Scores of every layer.
         channel_trials: Trials of their channels, where no batch norm remembers the training.
+        moves: Of their channels.
         wrong: Held-out images that the network gets wrong.
         images: Held-out images that judged the trials.
         artefacts: How many error groups have an artefact in common among their images.
@@ -146,7 +149,7 @@ def judge(
         )
         remark = (_drift_reason(origin, plain),) if origin is not None else ()
         return _none((reason, *remark), numbers)
-    found = _blame(evidence, ranked, channel_trials, origin, plain, numbers)
+    found = _blame(evidence, ranked, channel_trials, moves, origin, plain, numbers)
     said = _without_artefact_reasons(evidence, found.layers[0], plain) if origin is None else []
     if best.gain.low <= FLAG_THRESHOLD:
         said.append(_unsettled_reason(best, signs))
@@ -204,12 +207,13 @@ def _blame(
     evidence: Sequence[LayerEvidence],
     ranked: Sequence[TrialRepair],
     channel_trials: Sequence[TrialRepair],
+    moves: Sequence[ChannelMove],
     origin: LayerEvidence | None,
     plain: int | None,
     numbers: dict[str, Any],
 ) -> Verdict:
     """Return the layers that share most of the blame."""
-    shares = shares_of_blame(evidence, ranked, channel_trials)
+    shares = shares_of_blame(evidence, ranked, channel_trials, moves)
     layers = suspects(shares, BLAME_LEVEL)
     first = layers[0]
     is_origin = origin is not None and origin.layer.name == first
@@ -221,6 +225,7 @@ def _blame(
     reasons = [_drift_reason(origin, plain)] if origin is not None and is_origin else []
     reasons += _trial_reasons(ranked, first)
     reasons += _channel_reasons(first, channel_trials)
+    reasons += _move_reasons(first, moves)
     flagged = _to_repair(layers, ranked)
     if localized:
         reasons.append(
@@ -293,6 +298,28 @@ def _channel_reasons(layer: str, channel_trials: Sequence[TrialRepair]) -> list[
         for rank, trial in enumerate(order, start=1)
         if trial.layer.name == layer
     ]
+
+
+def _move_reasons(layer: str, moves: Sequence[ChannelMove]) -> list[str]:
+    """Say what moving channels of the layer does, where that does most in it."""
+    order = sorted(moves, key=lambda one: one.gain.value, reverse=True)
+    if not order or order[0].layer.name != layer or order[0].gain.low <= 0:
+        return []
+    best = order[0]
+    assert best.move is not None
+    sentence = (
+        f"To {_told(best.move)} of `{layer}`, and no more, removes {_percent(best.gain)} of the "
+        "held-out error"
+    )
+    if len(order) > 1:
+        sentence += f"; the best such move in another layer removes {_percent(order[1].gain)}"
+    return [sentence + "."]
+
+
+def _told(move: Move) -> str:
+    if move.kind == "sign":
+        return f"change the sign of channel {move.channel}"
+    return f"exchange channels {move.channel} and {move.other}"
 
 
 def _trial_reasons(ranked: Sequence[TrialRepair], layer: str) -> list[str]:

@@ -42,6 +42,7 @@ from failures import what_failures_share, without_artefacts
 
 from audit.blame import has_memory, layer_features, promising, shares_of_blame
 from audit.evidence import LayerEvidence, gather_evidence
+from audit.moves import ChannelMove, MoveConfig, channel_moves
 from audit.networks.program import Program
 from audit.trials import (
     CHANNEL_TRIAL,
@@ -61,6 +62,7 @@ TRIES = 3
 SPEED_SEEDS, SPEED_FAULTS = (500, 700), 3  # so many faults of each network from each seed on
 TRIAL = TrialConfig()
 BUDGETS_S = {"efficientnet": 75.0}  # on one core; the small networks need none
+MOVES_BUDGETS_S = {"efficientnet": 75.0}
 ONE_STEP = TrialConfig(rounds=(1,))
 
 TrialImages = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -326,13 +328,22 @@ def scan_result(
     origin = drift_origin(evidence)
     favored = () if origin is None else (origin.layer.name,)
     started = time.perf_counter()
+    moves = channel_moves(
+        program,
+        *given,
+        program.layers,
+        MoveConfig(budget_s=MOVES_BUDGETS_S.get(where.name)),
+        seed=seed,
+    )
+    moves_s = time.perf_counter() - started
+    started = time.perf_counter()
     trials = trial_repairs(
         program,
         *given,
         program.layers,
         replace(TRIAL, budget_s=BUDGETS_S.get(where.name)),
         seed=seed,
-        promising=promising(evidence),
+        promising=promising(evidence, moves),
         favored=favored,
     )
     channels: list[TrialRepair] = []
@@ -345,12 +356,13 @@ def scan_result(
         trials,
         evidence,
         channels,
+        moves,
         wrong=int((said != given[3]).sum()),
         images=len(given[3]),
         artefacts=len(artefacts),
         plain=plain,
     )
-    shares = shares_of_blame(evidence, trials, channels)
+    shares = shares_of_blame(evidence, trials, channels, moves)
     best = ranking(trials)[0].gain
     row: dict[str, Any] = {
         "layers": len(evidence),
@@ -359,6 +371,7 @@ def scan_result(
         "artefacts": len(artefacts),
         "plain_photos": plain,
         "trials_s": round(trials_s, 2),
+        "moves_s": round(moves_s, 2),
         "verdict": verdict.verdict,
         "named": list(verdict.layers),
         "confidence": verdict.confidence,
@@ -374,12 +387,12 @@ def scan_result(
         return row
     names = [one.layer.name for one in evidence]
     at = names.index(fault.layer)
-    scores = _scores(evidence, trials, channels, shares, seed)
+    scores = _scores(evidence, trials, channels, moves, shares, seed)
     if where.name not in BUDGETS_S:
         first = trial_repairs(program, *given, program.layers, ONE_STEP, seed=seed)
         scores["one_step_trial"] = [trial.gain.value for trial in first]
     features: dict[str, Any] = {"memory": has_memory(evidence)}
-    for name, values in layer_features(evidence, trials, channels).items():
+    for name, values in layer_features(evidence, trials, channels, moves).items():
         features[name] = [round(value, 4) for value in values]
     return {
         **row,
@@ -395,6 +408,7 @@ def _scores(
     evidence: Sequence[LayerEvidence],
     trials: Sequence[TrialRepair],
     channels: Sequence[TrialRepair],
+    moves: Sequence[ChannelMove],
     shares: Mapping[str, float],
     seed: int,
 ) -> dict[str, list[float]]:
@@ -424,6 +438,9 @@ def _scores(
     scores["onset"] = inner
     features = layer_features(evidence, trials, channels)
     scores["weight_trial"], scores["channel_trial"] = features["trial"], features["channels"]
+    by_moves = {one.layer.name: one.gain.value for one in moves if one.move}
+    scores["channel_moves"] = [by_moves.get(name, math.nan) for name in names]
+    scores["weight_norm"] = [one.norm_outlier for one in evidence]
     scores["ours"] = [shares[name] for name in names]
     return scores
 

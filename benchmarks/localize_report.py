@@ -19,7 +19,8 @@ Row = Mapping[str, Any]
 PUBLISHED = ("gradient_norm", "auto_rgn", "auto_snr", "fisher", "bn_drift")
 SCORES = (
     *("random", "last_conv", "deepest_first", *PUBLISHED),
-    *("cheap_combined", "onset", "one_step_trial", "weight_trial", "channel_trial", "ours"),
+    *("cheap_combined", "onset", "one_step_trial", "weight_trial", "channel_trial"),
+    *("channel_moves", "weight_norm", "ours"),
 )
 RIDGE = 0.1
 
@@ -275,7 +276,10 @@ def _with_committed(rows: Sequence[Row], what: str | None) -> list[Row]:
 
 def fit(rows: Sequence[Row]) -> None:
     """Print the conditional logit's weights for networks with memory and without."""
-    for memory, names in ((True, ("onset", "trial")), (False, ("silent", "channels"))):
+    for memory, names in (
+        (True, ("onset", "trial", "moves")),
+        (False, ("silent", "channels", "moves", "norm")),
+    ):
         chosen = [row for row in rows if row["took"] and row["features"]["memory"] == memory]
         if not chosen:
             continue

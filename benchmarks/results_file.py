@@ -6,6 +6,7 @@ device, threads, seeds: what the numbers depend on) and `rows` (what the summary
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from audit.environment import device_record, versions
-from audit.files import read_json, write_json
+from audit.files import json_text, read_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,9 +41,13 @@ def write_results(
     config: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
 ) -> Path:
-    """Write results/NAME.json and return its path; an earlier one is replaced."""
+    """Write results/NAME.json, a row a line, and return its path; an earlier one is replaced."""
     path = RESULTS / f"{name}.json"
-    write_json(path, {"summary": dict(summary), "config": dict(config), "rows": list(rows)})
+    head = json_text({"summary": dict(summary), "config": dict(config)}).removesuffix("\n}")
+    lines = ",\n".join(
+        f"    {json.dumps(json.loads(json_text(row)), ensure_ascii=False)}" for row in rows
+    )
+    write_text(path, f'{head},\n  "rows": [\n{lines}\n  ]\n}}\n')
     return path
 
 

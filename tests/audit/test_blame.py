@@ -16,7 +16,8 @@ from audit.blame import (
     shares_of_blame,
     suspects,
 )
-from tests.audit.test_verdict import evidence, removing
+from audit.statistics import Interval
+from tests.audit.test_verdict import evidence, moving, removing
 
 NAN = float("nan")
 
@@ -98,6 +99,36 @@ def test_silent_channels_count_with_memory_too() -> None:
     scores = [dataclasses.replace(evidence("a", 0.0), silent_channels=0.5), evidence("b", 0.0)]
     odds = math.exp(WITH_MEMORY["silent"])
     assert shares_of_blame(scores, (), ())["a"] == pytest.approx(odds / (odds + 1))
+
+
+def test_the_layer_whose_moves_do_most_has_its_lead() -> None:
+    scores = [evidence("a", 0.0), evidence("b", 0.0), evidence("c", 0.0)]
+    weight = WITH_MEMORY["moves"]
+    for best, other, lead in (
+        (0.30, 0.24, 0.2),  # a fifth of what it removes no other's moves do
+        (0.98, 0.96, 0.5),  # it leaves half of what the next best leaves
+        (0.30, -0.10, 1.0),  # nothing helps elsewhere
+    ):
+        moves = [moving("a", other), moving("b", best), moving("c", -0.5)]
+        odds = math.exp(weight * lead)
+        shares = shares_of_blame(scores, (), (), moves)
+        assert shares["b"] == pytest.approx(odds / (odds + 2))
+        assert shares["a"] == shares["c"]
+    # Moves whose interval includes nothing say nothing.
+    doubtful = dataclasses.replace(moving("b", 0.3), gain=Interval(value=0.3, low=-0.1, high=0.5))
+    assert shares_of_blame(scores, (), (), [doubtful])["b"] == pytest.approx(1 / 3)
+    assert promising(scores, [moving("c", 0.2), moving("a", 0.1)])[0] == "c"
+
+
+def test_without_memory_a_norm_counts_beyond_what_is_usual() -> None:
+    def share(outlier: float) -> float:
+        scores = [dataclasses.replace(evidence("a"), norm_outlier=outlier), evidence("b")]
+        return shares_of_blame(scores, (), ())["a"]
+
+    assert share(NAN) == share(-9.0) == share(4.0) == 0.5
+    odds = math.exp(WITHOUT_MEMORY["norm"] / 2)
+    assert share(6.0) == pytest.approx(odds / (odds + 1))
+    assert share(8.0) == share(20.0) > share(6.0)
 
 
 def test_layers_are_promising_by_evidence_and_then_by_their_gradients() -> None:

@@ -79,6 +79,7 @@ def test_a_scan_stopped_again_and_again_ends_with_the_same_bits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stops = {("evidence", 2), ("evidence", 4), ("test", 1), ("cases", 3)}
+    stops |= {("moves", 1), ("moves", 3)}
     stops |= {("trials-weights", 2), ("trials-weights", 8), ("trials-channels", 4)}
     interruptions = Interruptions(monkeypatch, stops)
     asked = request(shapes, tmp_path)
@@ -107,6 +108,7 @@ def test_finished_steps_are_not_done_again(
     for step in ("audit.evidence.Gathering.add", "audit.observing._predict"):
         monkeypatch.setattr(step, fail)
     monkeypatch.setattr(audit.scan, "error_groups", fail)
+    monkeypatch.setattr("audit.moves._tried", fail)
     monkeypatch.setattr("audit.trials._Trial.advance", fail)
     run = scan_model(request(shapes, tmp_path, resume=True), CONFIG)
     assert_same_numbers(run, undisturbed)

@@ -12,6 +12,7 @@ import pytest
 
 from audit.blame import shares_of_blame
 from audit.evidence import LayerEvidence
+from audit.moves import ChannelMove, Move
 from audit.networks.layers import Layer
 from audit.statistics import Interval
 from audit.trials import TrialRepair, error_share_removed
@@ -46,6 +47,12 @@ def trial(name: str, after: np.ndarray, *, broken: float = 0.0) -> TrialRepair:
 def removing(name: str, share: float, *, broken: float = 0.0) -> TrialRepair:
     """The same share from every image: the interval has no width."""
     return trial(name, BEFORE * (1 - share), broken=broken)
+
+
+def moving(name: str, share: float, move: Move = Move("sign", 0, 0)) -> ChannelMove:  # noqa: B008
+    """The same share from every image, by this move."""
+    one = removing(name, share)
+    return ChannelMove(layer=one.layer, move=move, gain=one.gain)
 
 
 def evidence(
@@ -334,3 +341,32 @@ def test_the_record_is_plain_data() -> None:
     record = verdict_on().as_dict()
     assert set(record) == {*("verdict", "layers", "flagged", "confidence", "reasons", "numbers")}
     assert all(re.fullmatch(r"[A-Z0-9].*\.", reason) for reason in record["reasons"])
+
+
+# -------------------------------------------------------------------- moves of channels
+
+
+@pytest.mark.parametrize(
+    ("move", "told"),
+    [
+        (Move("exchange", 3, 7), "exchange channels 3 and 7"),
+        (Move("sign", 9, 9), "change the sign of channel 9"),
+    ],
+    ids=["exchange", "sign"],
+)
+def test_a_layer_whose_move_stands_out_is_blamed_and_it_is_told(move: Move, told: str) -> None:
+    moves = [moving("a", 0.31, move), moving("b", 0.02), moving("c", -0.10)]
+    found = judge(TRIALS, QUIET, (), moves, wrong=30, images=N)
+    assert found.layers[0] == "a"
+    assert (
+        f"To {told} of `a`, and no more, removes 31 % [31, 31] of the held-out error; the best "
+        "such move in another layer removes 2 % [2, 2]."
+    ) in found.reasons
+    alone = judge(TRIALS, QUIET, (), moves[:1], wrong=30, images=N)
+    assert any(reason.endswith("31 % [31, 31] of the held-out error.") for reason in alone.reasons)
+
+
+def test_moves_of_another_layer_than_the_one_blamed_are_not_told() -> None:
+    found = judge(TRIALS, QUIET, (), [moving("a", 0.05), moving("b", 0.049)], wrong=30, images=N)
+    assert found.layers[0] == "b"
+    assert not any("channel" in reason for reason in found.reasons)
