@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audit.checkpoints import Checkpoint, Checkpoints
-from audit.moves import ChannelMove, Move, MoveConfig, channel_moves, first_order
+from audit.moves import ChannelMove, Move, MoveConfig, channel_moves, first_order, moved
 from audit.networks.program import Program
 from tests.audit.example_networks import NETWORKS, SIZE, images, labels, network
 from tests.shapes import SIDE, draw, normalized, trained_network
@@ -177,6 +177,20 @@ def test_a_transposed_convolution_is_passed_by() -> None:
         program, given, targets, given, targets, program.layers, MoveConfig(), seed=0
     )
     assert {one.layer.name for one in found} <= {"conv", "fc"}
+
+
+def test_the_sign_of_a_channel_under_weight_norm_changes_with_its_magnitude_alone() -> None:
+    plain = network("plain", torch.float64)
+    normed = copy.deepcopy(plain)
+    nn.utils.parametrizations.weight_norm(normed.conv2)  # type: ignore[arg-type]
+    program = Program.capture(normed.eval(), SIZE)
+    parameters = program.split("conv2").parameters
+    held_out = example_images()[2]
+    for move in (Move("sign", 2, 2), Move("exchange", 1, 5)):
+        expected = after(plain, ("conv2.weight", "conv2.bias"), move)(held_out)
+        found = program.with_state(moved(parameters, move)).logits(held_out)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(found, plain(held_out))
 
 
 def test_a_small_budget_buys_the_most_promising_moves_of_all_layers(
