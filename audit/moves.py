@@ -44,6 +44,7 @@ __all__ = ["ChannelMove", "Move", "MoveConfig", "channel_moves", "first_order", 
 MoveKind = Literal["exchange", "sign"]
 
 _LEAST = 0.01  # share of the learning images' cross entropy that a move has to remove
+_FEW = 32  # exchanges, of which none is left out: a layer of eight channels has 28
 _MOST = 1e3  # nats: what a network that overflows is worth
 
 
@@ -52,7 +53,8 @@ class MoveConfig:
     """How channel moves are tried.
 
     Attributes:
-        candidates: Of each kind and layer, how many are made in earnest at most.
+        candidates: Of each kind and layer, how many are made in earnest at most; of at most 32
+            exchanges, as eight channels have, all.
         batch_size: Images a forward pass.
         budget_s: Seconds for all layers together: it buys as many candidates, most promising of
             all layers first, as half of it has time for.
@@ -215,16 +217,23 @@ def first_order(
 def _promising(
     parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], most: int
 ) -> list[tuple[float, Move]]:
-    """Return the best moves of each kind by first order, those that should help."""
+    """Return the best moves of each kind by first order, those that should help; all exchanges
+    where there are few."""
     exchanges, signs = first_order(parameters, gradients)
     one, other = torch.triu_indices(len(signs), len(signs), 1, device=signs.device)
-    found = []
     changes = exchanges[one, other]
-    for at in changes.argsort()[:most].tolist():
-        found.append((float(changes[at]), Move("exchange", int(one[at]), int(other[at]))))
-    for at in signs.argsort()[:most].tolist():
-        found.append((float(signs[at]), Move("sign", at, at)))
-    return sorted(pair for pair in found if pair[0] < 0)
+    few = len(changes) <= _FEW
+    found = [
+        (float(changes[at]), Move("exchange", int(one[at]), int(other[at])))
+        for at in changes.argsort()[: None if few else most].tolist()
+        if few or changes[at] < 0
+    ]
+    found += [
+        (float(signs[at]), Move("sign", at, at))
+        for at in signs.argsort()[:most].tolist()
+        if signs[at] < 0
+    ]
+    return sorted(found)
 
 
 def _chosen(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from audit.blame import CLEARED_ONSET, shares_of_blame, suspects
@@ -225,7 +225,7 @@ def _blame(
     reasons = [_drift_reason(origin, plain)] if origin is not None and is_origin else []
     reasons += _trial_reasons(ranked, first)
     reasons += _channel_reasons(first, channel_trials)
-    reasons += _move_reasons(first, moves)
+    reasons += _move_reasons(first, moves, numbers)
     flagged = _to_repair(layers, ranked)
     if localized:
         reasons.append(
@@ -300,13 +300,14 @@ def _channel_reasons(layer: str, channel_trials: Sequence[TrialRepair]) -> list[
     ]
 
 
-def _move_reasons(layer: str, moves: Sequence[ChannelMove]) -> list[str]:
-    """Say what moving channels of the layer does, where that does most in it."""
+def _move_reasons(layer: str, moves: Sequence[ChannelMove], numbers: dict[str, Any]) -> list[str]:
+    """Say what the best move of the layer's channels does, where it is the best of all layers."""
     order = sorted(moves, key=lambda one: one.gain.value, reverse=True)
     if not order or order[0].layer.name != layer or order[0].gain.low <= 0:
         return []
     best = order[0]
     assert best.move is not None
+    numbers["move"] = {"layer": layer, **asdict(best.move), **best.gain.as_dict()}
     sentence = (
         f"To {_told(best.move)} of `{layer}`, and no more, removes {_percent(best.gain)} of the "
         "held-out error"

@@ -94,7 +94,8 @@ def test_a_move_is_the_one_of_a_search_by_brute_force(name: str) -> None:
         sums = {
             move: float(entropies(after(module, names, move), given, targets).sum())
             for move in every_move(one.layer.shape[0])
-            if slope(module, names, move, given, targets) < -1e-9
+            if (move.kind == "exchange" and one.layer.shape[0] <= 8)
+            or slope(module, names, move, given, targets) < -1e-9
         }
         best = min(sums, key=lambda move: sums[move], default=None)
         if best is not None and sums[best] > 0.99 * nothing:

@@ -362,6 +362,11 @@ def test_a_layer_whose_move_stands_out_is_blamed_and_it_is_told(move: Move, told
         f"To {told} of `a`, and no more, removes 31 % [31, 31] of the held-out error; the best "
         "such move in another layer removes 2 % [2, 2]."
     ) in found.reasons
+    assert found.numbers["move"] == {
+        "layer": "a",
+        **{"kind": move.kind, "channel": move.channel, "other": move.other},
+        **moves[0].gain.as_dict(),
+    }
     alone = judge(TRIALS, QUIET, (), moves[:1], wrong=30, images=N)
     assert any(reason.endswith("31 % [31, 31] of the held-out error.") for reason in alone.reasons)
 
@@ -370,3 +375,4 @@ def test_moves_of_another_layer_than_the_one_blamed_are_not_told() -> None:
     found = judge(TRIALS, QUIET, (), [moving("a", 0.05), moving("b", 0.049)], wrong=30, images=N)
     assert found.layers[0] == "b"
     assert not any("channel" in reason for reason in found.reasons)
+    assert "move" not in found.numbers
