@@ -56,8 +56,8 @@ class MoveConfig:
         candidates: Of each kind and layer, how many are made in earnest at most; of at most 32
             exchanges, as eight channels have, all.
         batch_size: Images a forward pass.
-        budget_s: Seconds for all layers together: it buys as many candidates, most promising of
-            all layers first, as half of it has time for.
+        budget_s: Seconds for all layers together: it buys as many candidates as half of it has
+            time for, the most promising one of every layer first, then the second ones.
     """
 
     candidates: int = 6
@@ -243,7 +243,7 @@ def _chosen(
     layers: Sequence[Layer],
     config: MoveConfig,
 ) -> dict[str, list[Move]]:
-    """Return the first moves to try, by layer: of all layers those that promise most."""
+    """Return the moves to try, by layer."""
     splits = [program.split(layer.name) for layer in layers]
     leaves = {
         name: value.detach().clone().requires_grad_()
@@ -255,14 +255,16 @@ def _chosen(
     # Forward and backward are three forwards; a move costs one, of half the layers on average.
     move_s = (time.perf_counter() - started_s) / 6
     ranked = sorted(
-        (change, at, move)
+        (place, change, at, move)
         for at, split in enumerate(splits)
-        for change, move in _promising(split.parameters, gradients, config.candidates)
+        for place, (change, move) in enumerate(
+            _promising(split.parameters, gradients, config.candidates)
+        )
     )
     if config.budget_s is not None:
         ranked = ranked[: max(1, int(config.budget_s / 2 / max(move_s, 1e-9)))]
     chosen: dict[str, list[Move]] = {}
-    for _, at, move in ranked:
+    for _, _, at, move in ranked:
         chosen.setdefault(splits[at].layer.name, []).append(move)
     return chosen
 

@@ -194,7 +194,7 @@ def test_the_sign_of_a_channel_under_weight_norm_changes_with_its_magnitude_alon
         assert not torch.allclose(found, plain(held_out))
 
 
-def test_a_small_budget_buys_the_most_promising_moves_of_all_layers(
+def test_a_small_budget_buys_the_most_promising_move_of_the_most_promising_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter(range(1000))
@@ -207,11 +207,14 @@ def test_a_small_budget_buys_the_most_promising_moves_of_all_layers(
     given, targets, *_ = example_images()
     module = network("residual", torch.float64)
     slopes = sorted(
-        (slope(module, layer.parameter_names, move, given, targets), layer.name)
+        min(
+            (slope(module, layer.parameter_names, move, given, targets), layer.name)
+            for move in every_move(layer.shape[0])
+        )
         for layer in program.layers
-        for move in every_move(layer.shape[0])
     )
     assert {one.layer.name for one in found} == {name for _, name in slopes[:3]}
+    assert len(slopes) > 3
     assert not any(one.move for one in found)  # the time is over before the first
 
 
