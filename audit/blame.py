@@ -160,14 +160,16 @@ def _by_norm(one: LayerEvidence) -> float:
 
 def _by_moves(names: Sequence[str], moves: Sequence[ChannelMove]) -> list[float]:
     """The lead is how much more a layer's move removes than the next best layer's, as a share of
-    what it removes; or how much less error it leaves, as a share of what that one leaves."""
+    what it removes. Where all moves remove nearly everything it is how much less it leaves, as a
+    share of what the next best one leaves, counted from half of that on: less is chance."""
     order = sorted(moves, key=lambda one: one.gain.value, reverse=True)
     if not order or order[0].gain.low <= 0:
         return [0.0 for _ in names]
     best = order[0].gain.value
     next_best = max((one.gain.value for one in order[1:]), default=0.0)
     next_best = min(max(next_best, 0.0), best)
-    lead = (best - next_best) * max(1 / best, 1 / max(1 - next_best, 1e-12))
+    left = (best - next_best) / max(1 - next_best, 1e-12)
+    lead = max((best - next_best) / best, 2 * left - 1)
     return [min(lead, 1.0) if name == order[0].layer.name else 0.0 for name in names]
 
 
