@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 WITH_MEMORY = {"onset": 4.4, "trial": 3.2, "silent": 3.5, "cleared": -3.0, "moves": 8.0}
-WITHOUT_MEMORY = {"silent": 3.5, "channels": 3.1, "moves": 8.0, "norm": 4.0}
+WITHOUT_MEMORY = {"silent": 3.5, "channels": 3.1, "moves": 3.2, "norm": 4.0}
 
 CLEARED_ONSET = 0.4
 """Onset of drift below which a layer is cleared, on images without the artefact: there a layer that
@@ -160,17 +160,13 @@ def _by_norm(one: LayerEvidence) -> float:
 
 def _by_moves(names: Sequence[str], moves: Sequence[ChannelMove]) -> list[float]:
     """The lead is how much more a layer's move removes than the next best layer's, as a share of
-    what it removes. Where all moves remove nearly everything it is how much less it leaves, as a
-    share of what the next best one leaves, counted from half of that on: less is chance."""
+    what it removes."""
     order = sorted(moves, key=lambda one: one.gain.value, reverse=True)
     if not order or order[0].gain.low <= 0:
         return [0.0 for _ in names]
-    best = order[0].gain.value
     next_best = max((one.gain.value for one in order[1:]), default=0.0)
-    next_best = min(max(next_best, 0.0), best)
-    left = (best - next_best) / max(1 - next_best, 1e-12)
-    lead = max((best - next_best) / best, 2 * left - 1)
-    return [min(lead, 1.0) if name == order[0].layer.name else 0.0 for name in names]
+    lead = 1 - max(next_best, 0.0) / order[0].gain.value
+    return [lead if name == order[0].layer.name else 0.0 for name in names]
 
 
 def _by_trial(names: Sequence[str], trials: Sequence[TrialRepair]) -> list[float]:
