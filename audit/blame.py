@@ -7,8 +7,9 @@ silent and weights that stand out. Channels that were mixed up show in either by
 back does. A conditional logit (McFadden 1974) joins them: each layer's score is a weighted sum, and
 the shares of blame are their softmax over the layers.
 
-The weights were fitted on planted faults, but for that of layers that images without an artefact
-clear, which was set (one in twenty layers at fault); all are judged on others (ARCHITECTURE.md,
+The weights were fitted on planted faults, but for those of layers that images without an artefact
+clear (one in twenty layers at fault) and of moves beside batch norm, which were set; all are judged
+on others (ARCHITECTURE.md,
 `benchmarks/localize.py`). A share is therefore a probability for faults like those.
 """
 

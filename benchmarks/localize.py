@@ -105,6 +105,7 @@ def main() -> None:
             scanned=SCANNED,
             learning=LEARNING,
             efficientnet_size=faults.EFFICIENTNET_SIZE,
+            border=faults.BORDER,
         )
 
 
