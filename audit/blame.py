@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from audit.evidence import LayerEvidence
-from audit.moves import ChannelMove
+from audit.moves import ChannelMove, standing_out
 from audit.trials import TrialRepair, ranking
 
 __all__ = [
@@ -63,8 +63,7 @@ def layer_features(
     layer was not taught it, else 0; ``silent`` in [0, 1], full from a tenth of the channels on;
     ``trial`` one over the rank of the weight trial; ``channels`` one over the rank of the channel
     trial, mean over its rounds; ``moves`` of the layer whose channel move does most its lead, in
-    [0, 1], 0 of all others; ``norm`` in [0, 1], how far the weights'
-    norm is beyond what is usual.
+    [0, 1], 0 of all others; ``norm`` in [0, 1], how far the weights' norm is beyond what is usual.
     """
     names = [one.layer.name for one in evidence]
     return {
@@ -162,8 +161,8 @@ def _by_norm(one: LayerEvidence) -> float:
 def _by_moves(names: Sequence[str], moves: Sequence[ChannelMove]) -> list[float]:
     """The lead is how much more a layer's move removes than the next best layer's, as a share of
     what it removes."""
-    order = sorted(moves, key=lambda one: one.gain.value, reverse=True)
-    if not order or order[0].gain.low <= 0:
+    order = standing_out(moves)
+    if not order:
         return [0.0 for _ in names]
     next_best = max((one.gain.value for one in order[1:]), default=0.0)
     lead = 1 - max(next_best, 0.0) / order[0].gain.value

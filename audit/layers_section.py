@@ -74,8 +74,8 @@ EVIDENCE = (
     Evidence(
         column="moves_gain",
         heading="Channel moves gain",
-        explanation="Share of the held-out cross entropy that exchanging a few of the layer's "
-        "channels, or changing their sign, removes.",
+        explanation="Share of the held-out cross entropy that exchanging two of the layer's "
+        "channels, or changing the sign of one, removes.",
         format="share",
         panel=True,
     ),

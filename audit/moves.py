@@ -13,10 +13,9 @@ Which moves are tried is told by gradients. To exchange the weights w_c and w_d,
     <g_c, w_d - w_c> + <g_d, w_c - w_d>        and        -2 <g_c, w_c>
 
 with g the gradient by the weights, biases included: for all pairs of a layer at once one matrix
-product. The most promising are made in earnest, and a layer's move is the one that helps the
-images that it learns from most. This is the project's own; the
-matrix is the one of optimal-transport and matching methods (Ainsworth et al. 2022, "Git Re-Basin",
-align two networks by it), with a gradient in the place of a second network.
+product. The most promising are made in earnest, and a layer's move is the one that helps the images
+that it learns from most. This is the project's own; the matrix is the one by which Ainsworth et al.
+2022, "Git Re-Basin", align two networks, with a gradient in the place of the second.
 """
 
 from __future__ import annotations
@@ -34,18 +33,25 @@ from torch import Tensor
 from audit.networks.layers import Layer
 from audit.networks.program import Program, Split
 from audit.statistics import Interval
-from audit.trials import error_share_removed
+from audit.trials import bounded, error_share_removed
 
 if TYPE_CHECKING:
     from audit.checkpoints import Checkpoint
 
-__all__ = ["ChannelMove", "Move", "MoveConfig", "channel_moves", "first_order", "moved"]
+__all__ = [
+    "ChannelMove",
+    "Move",
+    "MoveConfig",
+    "channel_moves",
+    "first_order",
+    "moved",
+    "standing_out",
+]
 
 MoveKind = Literal["exchange", "sign"]
 
 _LEAST = 0.01  # share of the learning images' cross entropy that a move has to remove
 _FEW = 32  # exchanges, of which none is left out: a layer of eight channels has 28
-_MOST = 1e3  # nats: what a network that overflows is worth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +148,15 @@ def channel_moves(
     if not earlier:
         keep()
     every_image = torch.cat([images, held_out_images]).contiguous(memory_format=torch.channels_last)
+    # The same whichever layer a move is in.
+    learned, judged = (
+        _cross_entropies(program.uncut(), [part], targets, {}, config.batch_size)
+        for part, targets in (
+            (every_image[:learning], labels),
+            (every_image[learning:], held_out_labels),
+        )
+    )
+    least = float(learned.sum()) * (1 - _LEAST)
     waiting = [name for name in chosen if name not in done]
     for name, crossing in program.prefixes(every_image, waiting):
         left_s = np.inf
@@ -156,6 +171,7 @@ def channel_moves(
             held_out_labels,
             chosen[name] if left_s > 0 else [],
             config.batch_size,
+            least=least,
         )
         if on_layer is not None:
             on_layer()
@@ -168,12 +184,18 @@ def channel_moves(
             layer=layer,
             move=_move(done[layer.name]["move"]),
             gain=error_share_removed(
-                done[layer.name]["before"].numpy(), done[layer.name]["after"].numpy(), seed=seed
+                judged.numpy(), done[layer.name].get("after", judged).numpy(), seed=seed
             ),
         )
         for layer in layers
         if layer.name in done
     ]
+
+
+def standing_out(moves: Sequence[ChannelMove]) -> list[ChannelMove]:
+    """Return them by gain, best first; none where the best one's interval includes nothing."""
+    order = sorted(moves, key=lambda one: one.gain.value, reverse=True)
+    return order if order and order[0].gain.low > 0 else []
 
 
 def moved(parameters: Mapping[str, Tensor], move: Move) -> dict[str, Tensor]:
@@ -277,26 +299,22 @@ def _tried(
     held_out_labels: Tensor,
     candidates: Sequence[Move],
     batch_size: int,
+    *,
+    least: float,
 ) -> dict[str, Any]:
-    """Make the move of a layer that helps the learning images most, and judge it."""
-    before = parameters = dict(split.parameters)
+    """Make the move of a layer that leaves the learning images less error than `least`, the one
+    that leaves least, and judge it."""
     best: Move | None = None
-
-    def errors(given: Mapping[str, Tensor], at: Sequence[Tensor], of: Tensor) -> Tensor:
-        return _cross_entropies(split, at, of, given, batch_size)
-
-    least = float(errors(before, crossing, labels).sum()) * (1 - _LEAST) if candidates else 0.0
     for move in candidates:
-        trial = moved(before, move)
-        error = float(errors(trial, crossing, labels).sum())
+        trial = moved(split.parameters, move)
+        error = float(_cross_entropies(split, crossing, labels, trial, batch_size).sum())
         if error < least:
-            least, best, parameters = error, move, trial
-    first = errors(before, held_out, held_out_labels)
-    return {
-        "move": None if best is None else _plain(best),
-        "before": first,
-        "after": first if best is None else errors(parameters, held_out, held_out_labels),
-    }
+            least, best = error, move
+    if best is None:
+        return {"move": None}
+    repaired = moved(split.parameters, best)
+    after = _cross_entropies(split, held_out, held_out_labels, repaired, batch_size)
+    return {"move": _plain(best), "after": after}
 
 
 def _gradients(
@@ -330,8 +348,7 @@ def _cross_entropies(
         starts = range(0, len(labels), batch_size)
         parts = ([tensor[at : at + batch_size] for tensor in crossing] for at in starts)
         logits = torch.cat([split.folded_suffix(part, parameters) for part in parts])
-    found = F.cross_entropy(logits.double(), labels, reduction="none")
-    return found.nan_to_num(nan=_MOST, posinf=_MOST).clamp(max=_MOST).cpu()
+    return bounded(F.cross_entropy(logits.double(), labels, reduction="none")).cpu()
 
 
 def _plain(move: Move) -> tuple[str, int, int]:

@@ -318,6 +318,7 @@ def _try_repairs(
     images = network.normalize(pixels)
     cut = len(learning)
     targets = torch.from_numpy(labels).to(device)
+    given = (images[:cut], targets[learning], images[cut:], targets[judging])
     channels = replace(CHANNEL_TRIAL, batch_size=config.trial.batch_size)
     kinds = (config.trial,) if has_memory(evidence) else (config.trial, channels)
     origin = drift_origin(evidence)
@@ -326,10 +327,7 @@ def _try_repairs(
     with console.progress("moves of channels", len(layers)) as bar:
         moves = channel_moves(
             network.program,
-            images[:cut],
-            targets[learning],
-            images[cut:],
-            targets[judging],
+            *given,
             layers,
             moving,
             seed=config.seed,
@@ -344,10 +342,7 @@ def _try_repairs(
         for kind in kinds:
             trials = trial_repairs(
                 network.program,
-                images[:cut],
-                targets[learning],
-                images[cut:],
-                targets[judging],
+                *given,
                 layers,
                 replace(kind, budget_s=(1 - MOVES_SHARE) * config.budget_s / len(kinds)),
                 seed=config.seed,

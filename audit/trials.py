@@ -40,6 +40,7 @@ __all__ = [
     "CHANNEL_TRIAL",
     "TrialConfig",
     "TrialRepair",
+    "bounded",
     "error_share_removed",
     "planned_steps",
     "ranking",
@@ -553,5 +554,9 @@ def _judge_logits(logits: Tensor, labels: Tensor) -> _Judged:
     cross_entropies = F.cross_entropy(logits.double(), labels, reduction="none")
     # A trial that overflows is as wrong as can be, not unknown; argmax would call NaN a class.
     right = (logits.argmax(dim=1) == labels) & cross_entropies.isfinite()
-    cross_entropies = cross_entropies.nan_to_num(nan=1e3, posinf=1e3).clamp(max=1e3)
-    return _Judged(cross_entropies.cpu().numpy(), right.cpu().numpy())
+    return _Judged(bounded(cross_entropies).cpu().numpy(), right.cpu().numpy())
+
+
+def bounded(cross_entropies: Tensor) -> Tensor:
+    """Return them with 1e3 nats at most, and where a network overflows."""
+    return cross_entropies.nan_to_num(nan=1e3, posinf=1e3).clamp(max=1e3)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from audit.blame import CLEARED_ONSET, shares_of_blame, suspects
 from audit.evidence import LayerEvidence
-from audit.moves import ChannelMove, Move
+from audit.moves import ChannelMove, Move, standing_out
 from audit.statistics import Interval
 from audit.trials import TrialRepair, ranking
 
@@ -302,8 +302,8 @@ def _channel_reasons(layer: str, channel_trials: Sequence[TrialRepair]) -> list[
 
 def _move_reasons(layer: str, moves: Sequence[ChannelMove], numbers: dict[str, Any]) -> list[str]:
     """Say what the best move of the layer's channels does, where it is the best of all layers."""
-    order = sorted(moves, key=lambda one: one.gain.value, reverse=True)
-    if not order or order[0].layer.name != layer or order[0].gain.low <= 0:
+    order = standing_out(moves)
+    if not order or order[0].layer.name != layer:
         return []
     best = order[0]
     assert best.move is not None
