@@ -92,6 +92,15 @@ def _trained_once() -> SmallVGG:
     return network.eval()
 
 
+def trial_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return normalized images with their labels to learn a trial from, and others to judge it."""
+    parts = (draw(22, seed=0), draw(24, seed=1))
+    (images, labels), (others, other_labels) = (
+        (normalized(pixels), torch.from_numpy(targets)) for pixels, targets in parts
+    )
+    return images, labels, others, other_labels
+
+
 def damage(network: SmallVGG) -> None:
     """Add noise to the weights of one layer."""
     weight = network.get_submodule(DAMAGED).weight

@@ -17,7 +17,7 @@ from audit.checkpoints import Checkpoint, Checkpoints
 from audit.moves import ChannelMove, Move, MoveConfig, channel_moves, first_order, moved
 from audit.networks.program import Program
 from tests.audit.example_networks import NETWORKS, SIZE, images, labels, network
-from tests.shapes import SIDE, draw, normalized, trained_network
+from tests.shapes import SIDE, trained_network, trial_images
 
 LEARNING, HELD_OUT = 9, 13
 EVERY = 10_000  # candidates: all that there are
@@ -121,14 +121,9 @@ def slope(
 def moves_of(module: nn.Module, config: MoveConfig | None = None) -> list[ChannelMove]:
     """What moves do in the network of the shapes, most gained first."""
     program = Program.capture(module, (SIDE, SIDE))
-    pixels, targets = draw(22, seed=0)
-    held_out, held_out_targets = draw(24, seed=1)
     found = channel_moves(
         program,
-        normalized(pixels),
-        torch.from_numpy(targets),
-        normalized(held_out),
-        torch.from_numpy(held_out_targets),
+        *trial_images(),
         program.layers,
         config or MoveConfig(),
         seed=0,
@@ -218,7 +213,10 @@ def test_a_small_budget_buys_the_most_promising_move_of_the_most_promising_layer
     assert not any(one.move for one in found)  # the time is over before the first
 
 
-def test_moves_that_are_interrupted_go_on_where_they_were(tmp_path: Path) -> None:
+def test_moves_that_are_interrupted_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "due", lambda *_: True)
     program = Program.capture(network("residual", torch.float64), SIZE)
     config = MoveConfig(candidates=3)
     whole = channel_moves(program, *example_images(), program.layers, config, seed=0)
@@ -237,9 +235,7 @@ def test_moves_that_are_interrupted_go_on_where_they_were(tmp_path: Path) -> Non
                 raise KilledError
 
         def step() -> Checkpoint:
-            checkpoint = Checkpoints(folder).step("moves")  # noqa: B023
-            checkpoint.due = lambda size: True  # type: ignore[method-assign]
-            return checkpoint
+            return Checkpoints(folder).step("moves")  # noqa: B023
 
         with pytest.raises(KilledError):
             channel_moves(

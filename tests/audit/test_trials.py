@@ -22,7 +22,7 @@ from audit.trials import (
     trial_repairs,
 )
 from tests.audit.example_networks import NETWORKS, SIZE, images, labels, network
-from tests.shapes import DAMAGED, SIDE, damage, draw, normalized, trained_network
+from tests.shapes import DAMAGED, SIDE, damage, trained_network, trial_images
 
 LEARNING, HELD_OUT = 9, 13
 
@@ -291,14 +291,9 @@ def test_the_share_of_error_removed_is_the_same_for_the_same_seed_and_finite_wit
 
 def gains_of(module: nn.Module) -> dict[str, float]:
     program = Program.capture(module, (SIDE, SIDE))
-    pixels, targets = draw(22, seed=0)
-    held_out, held_out_targets = draw(24, seed=1)
     trials = trial_repairs(
         program,
-        normalized(pixels),
-        torch.from_numpy(targets),
-        normalized(held_out),
-        torch.from_numpy(held_out_targets),
+        *trial_images(),
         program.layers,
         TrialConfig(keep=1.0),
         seed=0,
