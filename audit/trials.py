@@ -63,9 +63,9 @@ class TrialConfig:
             on purpose: small changes tell layers apart, large ones let any layer undo the fault
             (ARCHITECTURE.md).
         batch_size: Images a forward pass; the steps themselves use all images.
-        budget_s: Seconds for all trials together. The first round takes as many layers, most
-            promising first, as half of them has time for; a later round as many of those, best
-            first, as the rest has.
+        budget_s: Seconds for all trials together. The first round takes layers, most promising
+            first, until half of them are spent; a later round as many of those, best first, as the
+            rest has time for.
     """
 
     kind: TrialKind = "weights"
@@ -160,24 +160,25 @@ def trial_repairs(
     halves = np.random.default_rng(seed).permutation(len(held_out_images)) % 2
     with torch.no_grad():
         parts = _parts(len(held_out_images), config.batch_size)
+        began_s = time.perf_counter()
         logits = torch.cat([program.logits(every_image[learning:][part]) for part in parts])
-    forward_s = (time.perf_counter() - started_s) / len(held_out_images)
+        forward_s = (time.perf_counter() - began_s) / len(held_out_images)
     before = _judge_logits(logits, held_out_labels)
-    entrants = _affordable(
-        promising or [layer.name for layer in layers],
-        config,
-        forward_s=forward_s,
-        learning=learning,
-        judging=len(held_out_images),
-    )
-    if earlier:
-        entrants = list(earlier["trials"])
-    trials = {name: _Trial(program.split(name), config, halves) for name in entrants}
+    names = list(promising or [layer.name for layer in layers])
+    trials: dict[str, _Trial] = {}
+    entrants: list[str] = []
     done = 0
     if earlier:
         done, entrants = earlier["done"], earlier["entrants"]
         for name, state in earlier["trials"].items():
+            trials[name] = _Trial(program.split(name), config, halves)
             trials[name].restore(state)
+
+    def left_s(share: float = 1.0) -> float:
+        """Return the seconds that are left of a share of the budget."""
+        if config.budget_s is None:
+            return math.inf
+        return share * config.budget_s - (time.perf_counter() - started_s)
 
     def keep() -> None:
         if checkpoint is not None:
@@ -187,15 +188,17 @@ def trial_repairs(
                 {"spent_s": spent_s, "done": done, "entrants": entrants, "trials": states}
             )
 
-    unbegun = [trials[name] for name in entrants if not trials[name].steps]
-    first_gradients = _first_gradients(program, unbegun, every_image[:learning], labels, config)
-    for steps in [steps for steps in config.rounds if steps > done]:
+    def advance(steps: int) -> None:
+        """Let the entrants that have not yet take so many steps."""
         waiting = [name for name in entrants if trials[name].steps < steps]
+        firsts: dict[str, list[Tensor]] = {}
+        if unbegun := [trials[name] for name in waiting if not trials[name].steps]:
+            firsts = _first_gradients(program, unbegun, every_image[:learning], labels, config)
         for name, crossing in program.prefixes(every_image, waiting):
-            if steps == config.rounds[0] and _spent(started_s, config):
+            if not trials[name].steps and left_s() < 0:
                 break
-            if name in first_gradients:
-                trials[name].begin(first_gradients.pop(name))
+            if name in firsts:
+                trials[name].begin(firsts.pop(name))
             trials[name].advance(
                 steps,
                 [tensor[:learning] for tensor in crossing],
@@ -209,9 +212,21 @@ def trial_repairs(
                 sum(t.size_bytes for t in trials.values())
             ):
                 keep()
-        left_s = math.inf if config.budget_s is None else config.budget_s
-        left_s -= time.perf_counter() - started_s
-        entrants = _next_entrants(trials, entrants, steps, config, favored, left_s)
+
+    layer_s = _first_round_s(config, forward_s, learning, len(held_out_images))
+    for steps in [steps for steps in config.rounds if steps > done]:
+        advance(steps)
+        # How long a layer takes is known better after some, so that they enter in waves.
+        while not done and (
+            wave := _affordable(names[len(entrants) :], left_s(0.5), layer_s, entrants)
+        ):
+            entrants = [*entrants, *wave]
+            trials |= {name: _Trial(program.split(name), config, halves) for name in wave}
+            began_s = time.perf_counter()
+            advance(steps)
+            layer_s = (time.perf_counter() - began_s) / len(wave)
+        prefixes_s = forward_s * len(every_image)
+        entrants = _next_entrants(trials, entrants, steps, config, favored, left_s() - prefixes_s)
         done = steps
         keep()
     tried = [trials[layer.name] for layer in layers if layer.name in trials]
@@ -236,23 +251,23 @@ def _kept(entrants: int, config: TrialConfig) -> int:
     return max(min(entrants, 2), math.ceil(entrants * config.keep))
 
 
-def _affordable(
-    names: Sequence[str], config: TrialConfig, *, forward_s: float, learning: int, judging: int
-) -> list[str]:
-    """Return as many names as half of the budget has time for, two at least.
+def _first_round_s(config: TrialConfig, forward_s: float, learning: int, judging: int) -> float:
+    """Return about how long one layer's first round takes, before any is known.
 
     A step costs three forwards of its images, of the layer itself and what follows: half of the
     network, on average over its layers.
     """
-    if config.budget_s is None:
-        return list(names)
     steps = config.rounds[0] * 3 * learning
-    round_s = len(config.step_sizes) * (steps + judging) * forward_s / 2
-    return list(names[: max(2, int(config.budget_s / 2 / max(round_s, 1e-9)))])
+    return len(config.step_sizes) * (steps + judging) * forward_s / 2
 
 
-def _spent(started_s: float, config: TrialConfig) -> bool:
-    return config.budget_s is not None and time.perf_counter() - started_s > config.budget_s
+def _affordable(
+    names: Sequence[str], left_s: float, layer_s: float, entrants: Collection[str]
+) -> list[str]:
+    """Return as many names as there is time for, two at least of the first ones."""
+    if math.isinf(left_s):
+        return list(names)
+    return list(names[: max(0 if entrants else 2, int(left_s / max(layer_s, 1e-9)))])
 
 
 def _next_entrants(
@@ -271,7 +286,7 @@ def _next_entrants(
     tried.sort(key=lambda name: (name not in favored, trials[name].error))
     chosen = []
     for name in tried[: _kept(len(entrants), config)]:
-        left_s -= trials[name].seconds_a_step * (following[0] - done)
+        left_s -= trials[name].seconds_for(following[0] - done)
         if left_s < 0:
             break
         chosen.append(name)
@@ -365,13 +380,12 @@ class _Trial:
         split: The network cut at the layer.
         steps: Steps taken so far.
         error: Summed cross entropy of the held-out images after them; infinite before any.
-        seconds_a_step: Time of one step of each run, judging included.
     """
 
     def __init__(self, split: Split, config: TrialConfig, halves: np.ndarray) -> None:
         self.steps = 0
         self.error = math.inf
-        self.seconds_a_step = 0.0
+        self._step_s = self._judging_s = 0.0  # of one run
         self.split, self._config, self._halves = split, config, halves
         self._runs: dict[float, _Run] = {}
         self._chosen: tuple[float, float] = (math.nan, math.nan)  # by half
@@ -393,25 +407,35 @@ class _Trial:
         held_out_labels: Tensor,
     ) -> None:
         """Go on until so many steps have been taken, and judge."""
+        before, taken = self.steps, 0
         started_s = time.perf_counter()
-        before = self.steps
         for run in self._runs.values():
             while run.steps < steps:
                 (gradients,) = _gradients(
                     self.split, [run], crossing, labels, self._config.batch_size
                 )
                 run.step(gradients)
+                taken += 1
+        stepped_s = time.perf_counter()
         self._judged = {
             size: self._judge(run, held_out, held_out_labels, self._judges(size))
             for size, run in self._runs.items()
         }
-        self.steps = steps
+        if taken:
+            self._step_s = (stepped_s - started_s) / taken
         if before == 0:
+            self._judging_s = (time.perf_counter() - stepped_s) / len(self._runs)
             self._choose()
+        self.steps = steps
         self.error = float(self._after().cross_entropies.sum())
         self._errors.append(self.error)
-        # The first round tries every step size; its seconds are an upper bound for later ones.
-        self.seconds_a_step = (time.perf_counter() - started_s) / (steps - before)
+
+    def seconds_for(self, steps: int) -> float:
+        """Return about how long so many further steps take, judging included.
+
+        From the second round on every held-out image is judged once, whichever the sizes are.
+        """
+        return len(self._runs) * steps * self._step_s + self._judging_s
 
     @property
     def size_bytes(self) -> int:
@@ -424,7 +448,7 @@ class _Trial:
         return {
             "steps": self.steps,
             "error": self.error,
-            "seconds_a_step": self.seconds_a_step,
+            "seconds": (self._step_s, self._judging_s),
             "chosen": self._chosen,
             "errors": self._errors,
             "judged": {
@@ -437,7 +461,7 @@ class _Trial:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.steps, self.error = state["steps"], state["error"]
-        self.seconds_a_step = state["seconds_a_step"]
+        self._step_s, self._judging_s = state["seconds"]
         self._chosen, self._errors = state["chosen"], list(state["errors"])
         self._judged = {
             size: _Judged(entropies.numpy(), right.numpy())
@@ -534,7 +558,7 @@ def _gradients(
     ]
     asked = [value for own in leaves for value in own.values()]
     sums = [torch.zeros_like(value) for value in asked]
-    for part in _parts(len(labels), batch_size) if runs else ():
+    for part in _parts(len(labels), batch_size):
         changed: dict[str, Tensor] = {}
         for run, own in zip(runs, leaves, strict=True):
             changed |= run.parameters(own)

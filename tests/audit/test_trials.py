@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audit import trials
+from audit.checkpoints import Checkpoint, Checkpoints
 from audit.networks.program import Program
 from audit.trials import (
     CHANNEL_TRIAL,
@@ -428,6 +432,77 @@ def test_a_budget_that_is_over_ends_the_trials_but_not_the_one_under_way(
     )
     assert 1 <= len(found) < len(program.layers)
     assert {trial.steps for trial in found} == {4}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock by which computing gradients takes a second, and nothing else takes any. The guess
+    of what a layer takes, before any is known, is much too high."""
+    seconds, gradients = [0.0], trials._gradients
+
+    def slow(*given: Any) -> Any:
+        seconds[0] += 1
+        return gradients(*given)
+
+    monkeypatch.setattr("audit.trials._gradients", slow)
+    monkeypatch.setattr("audit.trials.time.perf_counter", lambda: seconds[0])
+    monkeypatch.setattr("audit.trials._first_round_s", lambda *_: 1e9)
+    return seconds
+
+
+BUDGETED = TrialConfig(step_sizes=(0.01,), budget_s=34.0)
+
+
+def test_layers_enter_in_waves_until_half_of_the_budget_is_spent(clock: list[float]) -> None:
+    program = Program.capture(network("residual", torch.float64), SIZE)
+    promising = [layer.name for layer in reversed(program.layers)]
+    found = trial_repairs(
+        program, *example_images(), program.layers, BUDGETED, seed=0, promising=promising
+    )
+    # Two enter on a guess: a pass for all their first steps, then three steps each, 7 seconds. So
+    # the 10 seconds left of 17 let two more in, again 7 seconds, and the last 3 none.
+    assert len(promising) > 4
+    assert {trial.layer.name for trial in found} == set(promising[:4])
+    # Two of four would go on, 12 steps each, but the 20 seconds left are enough for one.
+    assert sorted(trial.steps for trial in found) == [4, 4, 4, 16]
+    assert clock[0] == 7 + 7 + 12
+    whole = tried(program, TrialConfig(step_sizes=(0.01,), keep=1.0))
+    for trial in found:
+        alone = whole[trial.layer.name]
+        assert trial.gains == pytest.approx(alone.gains[: len(trial.gains)], abs=1e-12)
+
+
+def test_trials_that_are_interrupted_in_a_wave_go_on_in_it(
+    clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "due", lambda *_: True)
+    program = Program.capture(network("residual", torch.float64), SIZE)
+    given = (program, *example_images(), program.layers, BUDGETED)
+    whole = trial_repairs(*given, seed=0)
+
+    class KilledError(Exception):
+        pass
+
+    done: list[int] = []
+
+    def stop(steps: int) -> None:
+        done.append(steps)
+        if len(done) == 4:  # the second of the second wave, whose trial is not kept
+            raise KilledError
+
+    clock[0] = 0
+    with pytest.raises(KilledError):
+        trial_repairs(
+            *given, seed=0, on_steps=stop, checkpoint=Checkpoints(tmp_path).step("trials")
+        )
+    told: list[int] = []
+    resumed = trial_repairs(
+        *given, seed=0, on_steps=told.append, checkpoint=Checkpoints(tmp_path).step("trials")
+    )
+    assert told == [4, 12]
+    assert [(one.layer.name, one.steps, one.gains) for one in resumed] == [
+        (one.layer.name, one.steps, one.gains) for one in whole
+    ]
 
 
 def test_channel_trials_keep_every_layer_to_the_end() -> None:
