@@ -13,6 +13,10 @@ A group holds errors that have other reasons too, so that a part of its images i
 narrowest interval is the one-dimensional case of the minimum covariance determinant; Rousseeuw
 1984, "Least median of squares regression", section 4, has it for one half). Found in that way, the
 artefact is sought once more among the images that carry it, where it is seen more clearly.
+
+Where the answers scatter over many classes there may be no group, or the right images carry the
+artefact as well. So it is also sought among images of any kind, whatever the network says of them:
+pixels that are narrow beside those of the rest of the image, and a gap.
 """
 
 from __future__ import annotations
@@ -24,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Artefact", "find_artefact"]
+__all__ = ["Artefact", "common_artefact", "find_artefact"]
 
 SMALLEST = 8  # images that have to carry it; five photos share pixels by chance
-PART, MOST = 0.3, 0.5  # of a group that has to share it, and of those that carry it
+PART, MOST = 0.3, 0.5  # of the images that has to share it, and of those that carry it
+FAR = 0.95  # of the distances of images of any kind are below those that may be chance
 NARROW = 0.5  # times the width elsewhere
 GAP = 2.0  # between distances: when it was chosen, at least 5 with a mark, at most 1.2 without
 ROWS = 32  # of the images at a time, for memory's sake
@@ -101,6 +106,33 @@ def find_artefact(group: Tensor, others: Tensor) -> Artefact | None:
     return _common(carriers, others, MOST) if len(carriers) >= SMALLEST else None
 
 
+def common_artefact(pixels: Tensor) -> Artefact | None:
+    """Return the pixels that three tenths of some images or more share and the others do not.
+
+    None where there are none. It looks at the images alone, so that a test of what is said of those
+    that carry it is not of what it was found by.
+
+    Args:
+        pixels: uint8, (N, 3, H, W), drawn from all images alike.
+    """
+    if PART * len(pixels) < SMALLEST:
+        return None
+    picture, width = _narrowest(pixels, PART)
+    usual = float(width.median())
+    mask = width <= NARROW * usual
+    if usual <= GRAY_LEVEL or not mask.any():  # the ground of drawings tells nothing apart
+        return None
+    found = Artefact(mask=mask, picture=picture.round().to(torch.uint8), threshold=0.0)
+    distances = found.distances(pixels)
+    low, high = (float(distances.quantile(share)) for share in (PART, FAR))
+    threshold = _widest_gap(distances, low, high)
+    if threshold is None:
+        return None
+    carried = distances <= threshold
+    others = pixels[~carried]
+    return _common(pixels[carried], others, MOST) if len(others) >= SMALLEST else None
+
+
 def _common(group: Tensor, others: Tensor, share: float) -> Artefact | None:
     """Return what a share of a group's images has in common, where a wide gap sets it apart."""
     picture, width = _narrowest(group, share)
@@ -126,9 +158,10 @@ def _narrowest(pixels: Tensor, share: float) -> tuple[Tensor, Tensor]:
     held = min(len(pixels), max(SMALLEST, math.ceil(share * len(pixels))))
     middles, widths = [], []
     for rows in torch.split(pixels, ROWS, dim=2):
-        ordered = rows.sort(dim=0).values.float()
-        width, start = (ordered[held - 1 :] - ordered[: len(pixels) - held + 1]).min(dim=0)
-        middles.append(ordered.gather(0, start[None])[0] + width / 2)
+        # Along the last axis, where the values lie side by side, sorting is several times as fast.
+        ordered = rows.permute(1, 2, 3, 0).contiguous().sort(dim=-1).values.float()
+        width, start = (ordered[..., held - 1 :] - ordered[..., : len(pixels) - held + 1]).min(-1)
+        middles.append(ordered.gather(-1, start[..., None])[..., 0] + width / 2)
         widths.append(width.mean(dim=0))
     return torch.cat(middles, dim=1), torch.cat(widths)
 

@@ -6,9 +6,12 @@
 - **region**: wrong images look at a region more often than right images *of the same predicted
   class* (exact hypergeometric test, its counts added over predicted classes).
 - **both**: the same within one predicted class (one stratum: Fisher's exact test, one-sided).
+- **artefact**: wrong images carry pixels that many images share, wrong or right, more often than
+  right ones do (Fisher's exact test, one-sided).
 
 Regions are fixed beforehand (`audit.regions`), and what is tested never depends on where images
-look: nothing is found and tested on the same counts.
+look, nor are shared pixels sought by what is said of images: nothing is found and tested on the
+same counts.
 """
 
 from __future__ import annotations
@@ -24,9 +27,17 @@ from scipy import stats
 from audit.chance import added_hypergeometric
 from audit.regions import REGIONS, Region
 
-__all__ = ["ErrorGroup", "by_region", "called", "confusion_tests", "confusions", "testable"]
+__all__ = [
+    "ErrorGroup",
+    "by_artefact",
+    "by_region",
+    "called",
+    "confusion_tests",
+    "confusions",
+    "testable",
+]
 
-Kind = Literal["confusion", "region", "both"]
+Kind = Literal["confusion", "region", "both", "artefact"]
 Integers = NDArray[np.int64]
 Booleans = NDArray[np.bool_]
 
@@ -45,7 +56,8 @@ class ErrorGroup:
         of: Number of wrong images that were looked at for this kind of group.
         expected: Members that chance would give.
         compared: Positions of the right images that they were compared with; empty for confusions.
-        compared_share: Share of those that look at the region, None for confusions.
+        compared_share: Share of those that look at the region, or carry the artefact; None for
+            confusions.
         test: What was tested, in words.
     """
 
@@ -189,6 +201,33 @@ def by_region(
             p_value=p_value,
             test=test,
         )
+
+
+# --- what is in the images ------------------------------------------------------------------------
+
+
+def by_artefact(
+    label: Integers, guess: Integers, seen: Integers, carried: Booleans
+) -> Iterator[ErrorGroup]:
+    """Yield "carries it", of the images in `seen`, in whose order `carried` says which do."""
+    wrong = (label != guess)[seen]
+    if not (wrong & carried).any():
+        return
+    expected, p_value = added_hypergeometric(np.zeros(len(seen)), wrong, carried)
+    members = seen[wrong & carried]
+    yield ErrorGroup(
+        kind="artefact",
+        label=_shared(label[members]),
+        predicted=_shared(guess[members], 1.0),
+        region=None,
+        members=members,
+        of=int(wrong.sum()),
+        expected=expected,
+        compared=seen[~wrong],
+        compared_share=float(carried[~wrong].mean()) if (~wrong).any() else None,
+        p_value=p_value,
+        test="Fisher's exact test, one-sided: wrong and right images carry the artefact alike",
+    )
 
 
 def testable(label: Integers, guess: Integers, minimum: int) -> list[int]:

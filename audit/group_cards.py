@@ -87,6 +87,8 @@ def groups_note(document: Mapping[str, Any]) -> str:
 def _title(group: Mapping[str, Any]) -> str:
     label, answer = group.get("label_name"), group.get("predicted_name")
     said = f"{label or 'Anything'} called {answer}" if answer else str(label or "Any class")
+    if group["kind"] == "artefact":
+        return f"{said}, in images that look alike in one place"
     return f"{said}, looking at {group['region']}" if group.get("region") else said
 
 
@@ -106,7 +108,8 @@ def _facts(group: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "Test", str(group["test"])
     if group.get("compared_share") is not None:
         share = percent(group["compared_share"], 0)
-        yield "Right images that look there", f"{share} of {count(group['compared'])}"
+        what = "look alike there" if group["kind"] == "artefact" else "look there"
+        yield f"Right images that {what}", f"{share} of {count(group['compared'])}"
 
 
 def _exact(p_value: float) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from audit.group_artefacts import GroupArtefact, group_artefacts
-from audit.groups import ErrorGroup, GroupSearch, find_groups
+from audit.group_artefacts import GroupArtefact, groups_with_artefacts
+from audit.groups import ErrorGroup, GroupSearch
 from audit.images import ImageFolder, load_pixels
 from audit.looking import METHOD, draw_images, looking_layer, predicted_class_maps
 from audit.networks import Network
@@ -98,11 +98,12 @@ def error_groups(
             network, folder, positions, drawn, guesses, layer, batch_size, workers, progress
         )
     classes = network.card.classes
-    search = find_groups(labels, guesses, mapped, maps, classes=len(classes))
+    load = pixel_loader(network, folder, positions)
+    search, artefacts = groups_with_artefacts(
+        load, labels, guesses, mapped, maps, classes=len(classes), seed=seed
+    )
     examples = _examples(search.groups, mapped, p_predicted[positions])
     preprocessing = network.card.preprocessing
-    load = pixel_loader(network, folder, positions)
-    artefacts = group_artefacts(load, labels, guesses, search.groups, seed=seed)
     shown = sorted({int(i) for chosen in examples for i in chosen})
     entries = {
         i: {
@@ -216,6 +217,7 @@ def _sentence(
     else:
         said = "any class called any other"
     where = f" while looking at {group.region.name}" if group.region else ""
+    where += ", in images that look alike in one place" if group.kind == "artefact" else ""
     if group.region is not None and len(group.region.cells) > 1:
         parts = [REGIONS[cell] for cell in group.region.cells]  # the ninths come first
         where += f" ({', '.join(f'{ninths[part.name]} at {part.name}' for part in parts)})"
@@ -252,7 +254,7 @@ def _compared(
     guesses: NDArray[np.int64],
     mapped: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    if group.region is not None:
+    if group.kind != "confusion":
         return group.compared
     right = (labels == guesses)[mapped] & (guesses[mapped] == group.predicted)
     return np.asarray(mapped[right])

@@ -14,7 +14,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from audit.candidates import ErrorGroup, by_region, called, confusion_tests, confusions, testable
+from audit.candidates import (
+    ErrorGroup,
+    by_artefact,
+    by_region,
+    called,
+    confusion_tests,
+    confusions,
+    testable,
+)
 from audit.chance import holm
 from audit.regions import REGIONS, looked_at
 
@@ -45,6 +53,7 @@ def find_groups(
     maps: NDArray[np.floating],
     *,
     classes: int,
+    carriers: tuple[NDArray[np.int64], NDArray[np.bool_]] | None = None,
     alpha: float = 0.05,
     minimum: int = 5,
     at_most: int = 8,
@@ -57,6 +66,8 @@ def find_groups(
         mapped: Positions of the images that have maps, (M,); drawn without looking at the maps.
         maps: Their saliency maps of the predicted class, (M, h, w), >= 0.
         classes: Number of classes that the network tells apart.
+        carriers: Positions of images, (C,), drawn without looking at labels, and which of them
+            carry the pixels that many of them share; None where none are shared.
         alpha: Chance of any false group at all.
         minimum: Smallest group that is reported.
         at_most: Most groups that are reported.
@@ -70,6 +81,12 @@ def find_groups(
         found += by_region(label, guess, positions, looks, predicted_class)
         tests += len(REGIONS)
     adjusted = holm([group.p_value for group in found], tests)
+    if carriers is not None:
+        # One test, that has as much of alpha as all the others together: there are so many where
+        # there are many classes that it would get none.
+        carrying = list(by_artefact(label, guess, *carriers))
+        found, tests = [*found, *carrying], tests + 1
+        adjusted = [min(1.0, 2 * p) for p in (*adjusted, *(one.p_value for one in carrying))]
     sure = [
         replace(group, p_adjusted=p)
         for group, p in zip(found, adjusted, strict=True)
@@ -99,8 +116,9 @@ def _distinct(groups: Sequence[ErrorGroup]) -> list[ErrorGroup]:
     region is told that holds nearly all of the errors in excess of chance.
     """
     kept: list[ErrorGroup] = []
-    for group in sorted(groups, key=lambda one: (one.p_value, -one.size)):
-        if group.region is None and not any(_overlap(group, other) for other in kept):
+    said = [group for group in groups if group.kind == "confusion"]
+    for group in sorted(said, key=lambda one: (one.p_value, -one.size)):
+        if not any(_overlap(group, other) for other in kept):
             kept.append(group)
     waiting = [group for group in groups if group.region is not None]
     while waiting:
@@ -114,7 +132,7 @@ def _distinct(groups: Sequence[ErrorGroup]) -> list[ErrorGroup]:
         told = min(telling, key=lambda one: (one.area, one.kind != "both", one.p_value))
         kept.append(told)
         waiting = [g for g in waiting if not _overlap(g, surest) and not _overlap(g, told)]
-    return kept
+    return [*kept, *(group for group in groups if group.kind == "artefact")]
 
 
 def _overlap(one: ErrorGroup, other: ErrorGroup) -> bool:

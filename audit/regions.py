@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["REGIONS", "Region", "energy_shares", "looked_at"]
+__all__ = ["REGIONS", "Region", "energy_shares", "looked_at", "region_holding"]
 
 Floats = NDArray[np.float64]
 Box = tuple[float, float, float, float]
@@ -104,6 +104,21 @@ def looked_at(maps: NDArray[np.floating]) -> NDArray[np.bool_]:
         cells[grid] = np.where(flat, -1, shares.argmax(axis=1))
     columns = [np.isin(cells[region.grid], region.cells) for region in REGIONS]
     return np.stack(columns, axis=1)
+
+
+def region_holding(mask: NDArray[np.bool_], share: float = 0.8) -> Region | None:
+    """Return the smallest region that holds so much of a mask, (H, W), and more of it than of the
+    image; None where none does."""
+    held = {
+        grid: energy_shares(mask[None].astype(np.float64), grid)[0]
+        for grid in {region.grid for region in REGIONS}
+    }
+    fitting = [
+        region
+        for region in REGIONS
+        if held[region.grid][list(region.cells)].sum() >= max(share, region.area + 0.1)
+    ]
+    return min(fitting, key=lambda region: region.area, default=None)
 
 
 def energy_shares(maps: NDArray[np.floating], grid: int) -> Floats:

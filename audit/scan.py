@@ -188,8 +188,15 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         )
     with timings.measure("groups"):
         fitting.run(lambda smaller: _write_groups(run, smaller, predictions))
-        found = [find_group_artefact(run, group) for group in run.groups["groups"]]
-        artefacts = [artefact for artefact in found if artefact is not None]
+        found = {
+            group["id"]: artefact
+            for group in run.groups["groups"]
+            if (artefact := find_group_artefact(run, group)) is not None
+        }
+        artefacts = list(found.values())
+        called_alike = sum(
+            group["id"] in found and group["kind"] != "artefact" for group in run.groups["groups"]
+        )
         evidence, plain = fitting.run(
             lambda smaller: _without_artefacts(smaller, artefacts, evidence, predictions)
         )
@@ -205,7 +212,7 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         moves,
         wrong=wrong,
         images=len(held_out),
-        artefacts=len(artefacts),
+        artefacts=called_alike,
         plain=plain,
     )
     with timings.measure("gallery"):

@@ -111,7 +111,9 @@ def judge(
         moves: Of their channels.
         wrong: Held-out images that the network gets wrong.
         images: Held-out images that judged the trials.
-        artefacts: How many error groups have an artefact in common among their images.
+        artefacts: How many error groups have an artefact in common among their images, but for one
+            of whatever carries it: images may be hard where something covers them, and no layer is
+            at fault.
         plain: Images without any error group's artefact, whose drift the evidence has; None where
             it is that of all images.
     """

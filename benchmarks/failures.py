@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,8 +14,7 @@ from torch import Tensor
 
 from audit.artefacts import Artefact
 from audit.evidence import LayerEvidence
-from audit.group_artefacts import group_artefacts
-from audit.groups import find_groups
+from audit.group_artefacts import groups_with_artefacts
 from audit.looking import METHOD, draw_images, looking_layer
 from audit.networks.program import Program
 from audit.plain_images import drift_without_artefacts
@@ -24,10 +24,23 @@ from audit.saliency import layer_maps, normalize_maps
 LOOKED_AT = 200  # photos at a time
 
 
-def what_failures_share(
-    program: Program, seen: Pool
-) -> tuple[list[Artefact], list[tuple[Box, ...]]]:
-    """Return the artefacts of the error groups, and the regions of those that looked somewhere."""
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What failures share.
+
+    Attributes:
+        artefacts: Of the error groups.
+        called_alike: How many of those are of groups by what was said or looked at.
+        regions: Of the groups that looked somewhere.
+    """
+
+    artefacts: list[Artefact]
+    called_alike: int
+    regions: list[tuple[Box, ...]]
+
+
+def what_failures_share(program: Program, seen: Pool) -> Shared:
+    """Return what the error groups of some photos share."""
     with torch.no_grad():
         said = torch.cat([program.logits(part) for part in seen.images.split(LOOKED_AT)])
     labels, guesses = seen.labels.numpy(), said.argmax(dim=1).numpy()
@@ -39,11 +52,22 @@ def what_failures_share(
         images, told = seen.images[rows], said.argmax(dim=1)[rows]
         found_maps = layer_maps(program, images, told, layers=[layer], method=METHOD)
         maps.append(normalize_maps(next(iter(found_maps.values()))))
-    search = find_groups(labels, guesses, drawn, torch.cat(maps).numpy(), classes=said.shape[1])
     pixels = stored(seen.images)
-    found = group_artefacts(lambda rows: pixels[rows], labels, guesses, search.groups, seed=0)
-    regions = [group.region.cell_boxes for group in search.groups if group.region is not None]
-    return [one.artefact for one in found if one is not None], regions
+    search, found = groups_with_artefacts(
+        lambda rows: pixels[rows],
+        labels,
+        guesses,
+        drawn,
+        torch.cat(maps).numpy(),
+        classes=said.shape[1],
+        seed=0,
+    )
+    told = [(group, one.artefact) for group, one in zip(search.groups, found, strict=True) if one]
+    return Shared(
+        artefacts=[artefact for _, artefact in told],
+        called_alike=sum(group.kind != "artefact" for group, _ in told),
+        regions=[group.region.cell_boxes for group in search.groups if group.region is not None],
+    )
 
 
 def without_artefacts(

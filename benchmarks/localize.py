@@ -321,10 +321,10 @@ def scan_result(
     batches = zip(scanned.images.split(32), scanned.labels.split(32), strict=True)
     evidence = gather_evidence(program, batches, list(program.layers), seed=seed)
     evidence_s = time.perf_counter() - started
-    artefacts, _ = what_failures_share(program, scanned)
+    shared = what_failures_share(program, scanned)
     plain: int | None = None
     if has_memory(evidence):
-        evidence, plain = without_artefacts(evidence, program, scanned, artefacts)
+        evidence, plain = without_artefacts(evidence, program, scanned, shared.artefacts)
     given = _trial_images(program, where, kind, seed)
     origin = drift_origin(evidence)
     favored = () if origin is None else (origin.layer.name,)
@@ -360,7 +360,7 @@ def scan_result(
         moves,
         wrong=int((said != given[3]).sum()),
         images=len(given[3]),
-        artefacts=len(artefacts),
+        artefacts=shared.called_alike,
         plain=plain,
     )
     shares = shares_of_blame(evidence, trials, channels, moves)
@@ -369,7 +369,7 @@ def scan_result(
         "layers": len(evidence),
         "tried": len(trials),
         "evidence_s": round(evidence_s, 2),
-        "artefacts": len(artefacts),
+        "artefacts": len(shared.artefacts),
         "plain_photos": plain,
         "trials_s": round(trials_s, 2),
         "moves_s": round(moves_s, 2),

@@ -157,7 +157,7 @@ def mark_cases(
         path = work / "planted" / f"{row['id']}.safetensors"
         faulty = where.program.with_state(safetensors.torch.load_file(path))
         # What `repair layer` would go by after a scan of these photos.
-        artefacts, regions = what_failures_share(
+        shared = what_failures_share(
             faulty, faults.presented(where.scanned, row["kind"], seed=row["seed"])
         )
         found.append(
@@ -174,8 +174,8 @@ def mark_cases(
                     labels=where.judging.labels,
                 ),
                 unaffected=where.judging,
-                artefact=next(iter(artefacts), None),
-                region=regions[0] if regions and not artefacts else (),
+                artefact=next(iter(shared.artefacts), None),
+                region=shared.regions[0] if shared.regions and not shared.artefacts else (),
             )
         )
     return found

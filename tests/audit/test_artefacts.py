@@ -8,7 +8,16 @@ import torch
 from skimage import data
 from torch import Tensor
 
-from audit.artefacts import GAP, PART, ROWS, SMALLEST, Artefact, _narrowest, find_artefact
+from audit.artefacts import (
+    GAP,
+    PART,
+    ROWS,
+    SMALLEST,
+    Artefact,
+    _narrowest,
+    common_artefact,
+    find_artefact,
+)
 
 SIDE = 32
 STAMP = np.s_[20:28, 4:18]  # rows, columns
@@ -77,6 +86,37 @@ def test_photos_that_share_nothing_have_no_artefact() -> None:
         order = torch.randperm(400, generator=torch.Generator().manual_seed(seed))
         for size in (SMALLEST, 12, 30, 64):
             assert find_artefact(plain[order[:size]], plain[order[size : size + 128]]) is None
+
+
+@pytest.mark.parametrize("part", [0.35, 0.5, 0.65, 0.85])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_stamp_on_a_part_of_any_images_is_found_and_who_carries_it(
+    part: float, seed: int
+) -> None:
+    pixels = photos(192, seed=20 + seed)
+    carriers = torch.arange(192) < round(192 * part)
+    pixels[carriers] = stamped(pixels[carriers])
+    found = common_artefact(pixels)
+    assert found is not None
+    both, either = found.mask & truth(), found.mask | truth()
+    assert both.sum() / either.sum() >= 0.98
+    assert torch.equal(found.carried_by(pixels), carriers)
+
+
+def test_what_fewer_than_three_tenths_share_is_not_common_to_them() -> None:
+    pixels = photos(192, seed=22)
+    pixels[:48] = stamped(pixels[:48])
+    assert common_artefact(pixels) is None
+
+
+def test_photos_and_drawings_have_nothing_in_common() -> None:
+    for seed in range(30, 50):
+        assert common_artefact(photos(192, seed=seed)) is None
+    drawings = torch.zeros(192, 3, SIDE, SIDE, dtype=torch.uint8)
+    drawings[:, :, 10:20, 10:20] = photos(192, seed=50)[:, :, 10:20, 10:20]
+    assert common_artefact(drawings) is None
+    for few in (0, 1, SMALLEST, 3 * SMALLEST):
+        assert common_artefact(photos(few, seed=51) if few else photos(1, seed=51)[:0]) is None
 
 
 def test_what_all_images_have_is_not_the_groups() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from scipy import stats
 from torch import Tensor, nn
 
 import audit.looking
@@ -23,7 +24,12 @@ from audit.demo import MODEL_NAME, models_folder
 from audit.digits import MARKED_NAME, write_digit_images
 from audit.errors import RunError
 from audit.files import write_arrays
-from audit.group_artefacts import LOOKED_AT, GroupArtefact, group_artefacts
+from audit.group_artefacts import (
+    LOOKED_AT,
+    GroupArtefact,
+    find_common_artefact,
+    group_artefacts,
+)
 from audit.group_cards import group_cards, groups_note
 from audit.grouping import FoundGroups, error_groups
 from audit.groups import find_groups
@@ -271,6 +277,62 @@ def test_a_group_says_which_pixels_its_images_share(stamped: Scene, tmp_path: Pa
     (run.path / "maps" / "artefacts.npz").unlink()
     with pytest.raises(RunError, match="not there"):
         run.group_artefact(0)
+
+
+def test_errors_that_scatter_over_classes_are_a_group_by_what_their_images_share(
+    stamped: Scene, tmp_path: Path
+) -> None:
+    """Two of three images with the stamp are wrong, and one in five others, each called another
+    class: no answer stands out. What the images share is found without them."""
+    network, folder, _, p_predicted = stamped
+    labels = np.array([record.label for record in folder.records])
+    predicted, places = labels.copy(), np.arange(len(labels))
+    wrong = np.where(places % 2 == 0, places % 3 > 0, places % 5 == 1)
+    predicted[wrong] = (labels[wrong] + 1 + places[wrong] // 2 % 9) % 10
+    found = error_groups(network, folder, predicted, p_predicted, seed=0)
+    (group,) = found.document["groups"]
+    assert (group["kind"], group["region"], group["predicted"]) == ("artefact", None, None)
+    used = np.array([record.split != "test" for record in folder.records])
+    assert used.sum() <= 512  # all are counted
+    carrying = used & (places % 2 == 0)
+    table = [[(wrong & carrying).sum(), (wrong & used & ~carrying).sum()]]
+    table += [[(~wrong & carrying).sum(), (~wrong & used & ~carrying).sum()]]
+    p_value = stats.fisher_exact(table, "greater").pvalue
+    assert group["p_value"] == pytest.approx(p_value)
+    assert group["p_adjusted"] == pytest.approx(2 * p_value)
+    assert set(group["paths"]) == {folder.records[i].path for i in places[wrong & carrying]}
+    right = carrying & ~wrong
+    artefact = group["artefact"]
+    assert artefact["agreeing"] == pytest.approx(right.sum() / carrying.sum())
+    assert artefact["right_carriers"] == right.sum()
+    assert "look alike in the center" in artefact["sentence"]
+    assert f"Of {carrying.sum()} images that carry it, " in artefact["sentence"]
+    mask = found.artefacts["masks"][0]
+    truth = np.zeros((64, 64), dtype=bool)
+    truth[STAMP] = True
+    assert (mask & truth).sum() > 0.85 * truth.sum() and not (mask & ~truth).any()
+
+    run = build_run(tmp_path / "runs", images=120)
+    run.write_groups(found.document, found.maps, found.pictures, found.artefacts)
+    (card,) = group_cards(open_run(run.path))
+    assert card.title == "Any class, in images that look alike in one place"
+    assert [fact for fact in card.facts if fact[0] == "Right images that look alike there"]
+    assert card.maps[-1].title == "What these errors share"
+
+
+def test_of_images_that_cannot_be_read_it_is_not_said_that_they_share_anything() -> None:
+    generator = np.random.default_rng(1)
+    pixels = torch.from_numpy(generator.integers(0, 256, (300, 3, 8, 8), dtype=np.uint8))
+    pixels[::2, :, 2:5, 2:5] = 200
+    lost = {0, 7, 250}
+
+    def load(rows: np.ndarray) -> Tensor:
+        return pixels[[row for row in rows.tolist() if row not in lost]]
+
+    found = find_common_artefact(load, 300, seed=0)
+    assert found is not None
+    assert set(found.seen) == set(range(300)) - lost
+    assert np.array_equal(found.carried, found.seen % 2 == 0)
 
 
 @pytest.mark.parametrize(

@@ -210,3 +210,44 @@ def test_no_more_groups_than_asked_for_and_none_too_small() -> None:
     labels, answers, maps = planted()
     many = find_groups(labels, answers, np.arange(300), maps, classes=2, minimum=150)
     assert many.groups == ()
+
+
+def test_chance_alone_gives_a_group_of_shared_pixels_no_more_often_than_alpha() -> None:
+    """Among a thousand classes, as many tests of answers, and one of an artefact."""
+    reported = 0
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        labels = generator.integers(0, 1000, 400)
+        wrong, carried = generator.random((2, 400)) < 0.4
+        answers = np.where(wrong, (labels + generator.integers(1, 1000, 400)) % 1000, labels)
+        found = find_groups(
+            labels,
+            answers,
+            np.empty(0, dtype=np.int64),
+            np.zeros((0, 1, 1)),
+            classes=1000,
+            carriers=(np.arange(400), carried),
+        )
+        reported += len(found.groups)
+    assert reported <= stats.binom.ppf(0.999, 200, 0.05)
+
+
+def test_an_artefact_is_reported_beside_a_thousand_tests_of_answers() -> None:
+    generator = np.random.default_rng(5)
+    labels = np.arange(400) % 1000
+    carried = np.arange(400) % 2 == 0
+    wrong = generator.random(400) < np.where(carried, 0.45, 0.25)
+    answers = np.where(wrong, (labels + generator.integers(1, 1000, 400)) % 1000, labels)
+    seen = generator.permutation(400)
+    none = np.empty(0, dtype=np.int64), np.zeros((0, 1, 1))
+    found = find_groups(labels, answers, *none, classes=1000, carriers=(seen, carried[seen]))
+    (group,) = found.groups
+    table = [[(wrong & carried).sum(), (wrong & ~carried).sum()]]
+    table += [[(~wrong & carried).sum(), (~wrong & ~carried).sum()]]
+    exact = stats.fisher_exact(table, "greater").pvalue
+    assert exact * found.tests > 0.05  # counted among the others it would not be
+    assert group.p_adjusted == pytest.approx(2 * exact) and group.p_value == pytest.approx(exact)
+    assert set(group.members) == set(np.flatnonzero(wrong & carried))
+    assert group.expected == pytest.approx(wrong.sum() * carried.mean())
+    assert group.compared_share == pytest.approx(carried[~wrong].mean())
+    assert not find_groups(labels, answers, *none, classes=1000).groups

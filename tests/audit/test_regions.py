@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from audit.regions import REGIONS, energy_shares, looked_at
+from audit.regions import REGIONS, energy_shares, looked_at, region_holding
 
 BY_NAME = {region.name: region for region in REGIONS}
 
@@ -64,3 +64,30 @@ def test_boxes_are_left_top_right_bottom() -> None:
     assert BY_NAME["one of the corners"].box == (0, 0, 1, 1)
     assert len(BY_NAME["one of the corners"].cell_boxes) == 4
     assert BY_NAME["the border"].area == pytest.approx(8 / 9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "name"),
+    [
+        (slice(77, 98), slice(47, 98), "the lower right quarter"),
+        (slice(70, 98), slice(70, 98), "the lower right corner"),
+        (slice(0, 20), slice(0, 100), "the top edge"),
+        (slice(40, 60), slice(45, 55), "the center"),
+        (slice(0, 100), slice(0, 100), None),
+        (slice(5, 70), slice(5, 95), None),
+    ],
+)
+def test_a_mask_lies_in_the_smallest_region_that_holds_four_fifths_of_it(
+    rows: slice, columns: slice, name: str | None
+) -> None:
+    mask = np.zeros((100, 100), dtype=bool)
+    mask[rows, columns] = True
+    found = region_holding(mask)
+    assert (found and found.name) == name
+
+
+def test_a_frame_lies_at_the_border() -> None:
+    mask = np.ones((100, 100), dtype=bool)
+    mask[4:-4, 4:-4] = False
+    found = region_holding(mask)
+    assert found is not None and found.name == "the border"
