@@ -38,7 +38,7 @@ import localize_report
 import numpy as np
 import safetensors.torch
 import torch
-from failures import what_failures_share, without_artefacts
+from failures import Shared, what_failures_share, without_artefacts
 
 from audit.blame import has_memory, layer_features, promising, shares_of_blame
 from audit.evidence import LayerEvidence, gather_evidence
@@ -66,6 +66,7 @@ MOVES_BUDGETS_S = {"efficientnet": 75.0}
 ONE_STEP = TrialConfig(rounds=(1,))
 
 TrialImages = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+BesideTrials = tuple[list[LayerEvidence], list[TrialRepair], list[ChannelMove]]
 
 
 def main() -> None:
@@ -192,8 +193,9 @@ def _speed(name: str, options: argparse.Namespace) -> None:
 
     Those that drop none choose as naive ones do (`tests/audit/test_trials.py` compares each with a
     plain loop), so that the naive ones, which take longest, are only made of the first `--naive`
-    faults from each seed on. The choice is the layer whose trial leaves least; another one is a tie
-    where the bootstrap of what the right one's trial removes of the other's error includes nothing.
+    faults from each seed on. The trials' choice is the layer whose trial leaves least; another one
+    is a tie where the bootstrap of what the right one's trial removes of the other's error includes
+    nothing. The scan's choice is the layer with most of the blame, in which trials are one part.
     Seconds are the process's own on its one thread, so that other work does not count.
     """
     kept = options.work / "speed.jsonl"
@@ -206,7 +208,8 @@ def _speed(name: str, options: argparse.Namespace) -> None:
                 program = where.program.with_state(fault.state)
                 given = _trial_images(program, where, kind, seed)
                 found = {"id": identity, "network": name, "planted": fault.layer}
-                found |= _compared(program, given, seed, naively=at < options.naive)
+                beside = _beside_trials(program, where, kind, seed, given)
+                found |= _compared(program, given, seed, beside, naively=at < options.naive)
                 _append(kept, found)
 
 
@@ -222,7 +225,33 @@ def _taken(where: faults.Scene, first_seed: int) -> Iterator[tuple[str, str, int
                 break
 
 
-def _compared(program: Program, given: TrialImages, seed: int, *, naively: bool) -> dict[str, Any]:
+def _beside_trials(
+    program: Program, where: faults.Scene, kind: str, seed: int, given: TrialImages
+) -> BesideTrials:
+    """Return what a scan blames a layer by beside the trials of its weights: evidence, trials of
+    the channels, and moves."""
+    scanned = _drawn(where, kind, seed)
+    evidence, _ = _of_plain_photos(
+        _evidence(program, scanned, seed),
+        program,
+        scanned,
+        what_failures_share(program, scanned),
+    )
+    channels: list[TrialRepair] = []
+    if not has_memory(evidence):
+        channels = trial_repairs(program, *given, program.layers, CHANNEL_TRIAL, seed=seed)
+    moves = channel_moves(program, *given, program.layers, MoveConfig(), seed=seed)
+    return evidence, channels, moves
+
+
+def _compared(
+    program: Program,
+    given: TrialImages,
+    seed: int,
+    beside: BesideTrials,
+    *,
+    naively: bool,
+) -> dict[str, Any]:
     images, labels, held_out, held_out_labels = given
     found: list[list[TrialRepair]] = []
     seconds: list[float] = []
@@ -245,12 +274,17 @@ def _compared(program: Program, given: TrialImages, seed: int, *, naively: bool)
     chosen, best = (ranking(trials)[0].layer.name for trials in found)
     left = {trial.layer.name: trial.cross_entropies_after for trial in whole}
     lead = error_share_removed(left[chosen], left[best], seed=seed)
+    evidence, channels, moves = beside
+    shares = [shares_of_blame(evidence, trials, channels, moves) for trials in found]
+    blamed, blamed_of_all = (max(of, key=lambda name: of[name]) for of in shares)
     row = {
         "layers": len(whole),
         "chosen": chosen,
         "choice_of_all": best,
         "same_choice": chosen == best,
         "tied": chosen != best and lead.low <= 0,
+        "blamed": blamed,
+        "same_blamed": blamed == blamed_of_all,
         "in_last_round": best in {t.layer.name for t in own if t.steps == TRIAL.rounds[-1]},
         "gain_lost": round(
             float((left[chosen] - left[best]).sum() / whole[0].cross_entropies_before.sum()), 4
@@ -318,13 +352,10 @@ def scan_result(
     """Return what a scan finds; of a fault that took, every score's rank of its layer too."""
     scanned = _drawn(where, kind, seed)
     started = time.perf_counter()
-    batches = zip(scanned.images.split(32), scanned.labels.split(32), strict=True)
-    evidence = gather_evidence(program, batches, list(program.layers), seed=seed)
+    evidence = _evidence(program, scanned, seed)
     evidence_s = time.perf_counter() - started
     shared = what_failures_share(program, scanned)
-    plain: int | None = None
-    if has_memory(evidence):
-        evidence, plain = without_artefacts(evidence, program, scanned, shared.artefacts)
+    evidence, plain = _of_plain_photos(evidence, program, scanned, shared)
     given = _trial_images(program, where, kind, seed)
     origin = drift_origin(evidence)
     favored = () if origin is None else (origin.layer.name,)
@@ -403,6 +434,21 @@ def scan_result(
         "features": features,
         **{f"rank_{score}": _rank(values, at) for score, values in scores.items()},
     }
+
+
+def _evidence(program: Program, scanned: faults.Pool, seed: int) -> list[LayerEvidence]:
+    batches = zip(scanned.images.split(32), scanned.labels.split(32), strict=True)
+    return gather_evidence(program, batches, list(program.layers), seed=seed)
+
+
+def _of_plain_photos(
+    evidence: list[LayerEvidence], program: Program, scanned: faults.Pool, shared: Shared
+) -> tuple[list[LayerEvidence], int | None]:
+    """Return the evidence with the drift of photos without what failures share, where a batch norm
+    tells drift, and how many those are."""
+    if not has_memory(evidence):
+        return evidence, None
+    return without_artefacts(evidence, program, scanned, shared.artefacts)
 
 
 def _scores(

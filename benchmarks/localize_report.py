@@ -131,7 +131,7 @@ def _summary(
     if speeds:
         ratios = [row["naive_s"] / row["ours_s"] for row in speeds if "naive_s" in row]
         summary["trial_speedup"] = round(float(np.median(ratios)), 2)
-        for name in ("same_choice", "tied"):
+        for name in ("same_choice", "tied", "same_blamed"):
             known = [row[name] for row in speeds if name in row]
             if known:
                 summary[f"trial_{name}"] = round(float(np.mean(known)), 3)
