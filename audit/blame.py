@@ -26,6 +26,7 @@ from audit.trials import TrialRepair, ranking
 
 __all__ = [
     "CLEARED_ONSET",
+    "FIRST_ONSET",
     "has_memory",
     "layer_features",
     "promising",
@@ -39,6 +40,11 @@ WITHOUT_MEMORY = {"silent": 3.5, "channels": 3.1, "moves": 3.2, "norm": 4.0}
 CLEARED_ONSET = 0.4
 """Onset of drift below which a layer is cleared, on images without the artefact: there a layer that
 was taught the artefact drifts, and it was seen to by more (ARCHITECTURE.md)."""
+
+FIRST_ONSET = 0.75
+"""Unexplained onset below which a first layer's drift says nothing: photographs that differ from
+those of the training were seen to leave up to .5 unexplained, damage that costs five points .9 and
+more, but for changed signs and noise half as large as the weights (ARCHITECTURE.md)."""
 
 _MOST_ONSET = 3.0
 _MANY_SILENT = 0.1  # of the channels
@@ -139,11 +145,11 @@ def _silent(one: LayerEvidence) -> float:
 
 
 def _onset(one: LayerEvidence) -> float:
-    """First layers are left out: their drift may be that of the images, which need not be like
-    those of the training even where they show no artefact."""
-    if math.isnan(one.drift_onset) or one.first_in_line:
-        return 0.0
-    return min(max(one.drift_onset, 0.0), _MOST_ONSET)
+    """Of first layers what no change of the photographs explains, where that is much: these need
+    not be like those of the training even where they show no artefact."""
+    least = FIRST_ONSET if one.first_in_line else 0.0
+    value = one.telling_onset
+    return min(value, _MOST_ONSET) if value >= least else 0.0  # NaN is not
 
 
 def _cleared(one: LayerEvidence) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from audit.networks.program import BatchNorm
 
-__all__ = ["ChannelSums", "drift", "onsets", "silent_channels"]
+__all__ = ["ChannelSums", "drift", "onset", "onsets", "silent_channels"]
 
 ONSET_FLOOR = 0.03
 """Drift, in nats, that a few hundred images of the training distribution show by chance."""
@@ -108,5 +108,10 @@ def onsets(drifts: Mapping[str, float], feeding: Mapping[str, Iterable[str]]) ->
     found = {}
     for name, value in drifts.items():
         before = [drifts[other] for other in feeding[name] if not math.isnan(drifts[other])]
-        found[name] = math.log((value + ONSET_FLOOR) / (max(before, default=0.0) + ONSET_FLOOR))
+        found[name] = onset(value, max(before, default=0.0))
     return found
+
+
+def onset(drift: float, before: float = 0.0) -> float:
+    """Return how many times more something drifts than what came before it, as a logarithm."""
+    return math.log((drift + ONSET_FLOOR) / (before + ONSET_FLOOR))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audit.drift import ChannelSums, drift, onsets, silent_channels
+from audit.drift import ChannelSums, drift, onset, onsets, silent_channels
 from audit.image_gradients import Use, add_gradients, error_margins
 from audit.map_accuracy import energy_inside, pointing_hits
 from audit.map_scores import Objects
@@ -66,6 +66,8 @@ class LayerEvidence:
             without batch norm.
         first_in_line: True where no layer with batch norm feeds it, so that drift may as well come
             from the images.
+        drift_unexplained: Of a first layer that drifts, the drift that no change of the photographs
+            explains, in nats (`audit.photo_changes`); NaN of others, and where it is not known.
         without_artefact: True where the drift is that of images without the artefact that failing
             images share.
         silent_channels: Share of its output channels that say the same whatever the image, and
@@ -90,9 +92,16 @@ class LayerEvidence:
     drift: float = math.nan
     drift_onset: float = math.nan
     first_in_line: bool = True
+    drift_unexplained: float = math.nan
     without_artefact: bool = False
     silent_channels: float = math.nan
     norm_outlier: float = math.nan
+
+    @property
+    def telling_onset(self) -> float:
+        """Onset of the drift that speaks of the layer and not of the images; NaN where none is
+        known."""
+        return onset(self.drift_unexplained) if self.first_in_line else self.drift_onset
 
 
 @dataclass

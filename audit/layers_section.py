@@ -148,6 +148,12 @@ EVIDENCE = (
         panel=True,
     ),
     Evidence(
+        column="bn_drift_unexplained",
+        heading="Unexplained drift",
+        explanation="Of a first layer that drifts: what no change of the images' size, contrast, "
+        "brightness or color explains, in nats.",
+    ),
+    Evidence(
         column="map_auroc",
         heading="Map AUROC",
         explanation="How well the mean of the layer's map tells right images from wrong ones; 0.5 "

@@ -4,12 +4,15 @@ A mark that a network was not trained on makes its activations leave what batch 
 from the first layers on, and hides the layer that learned to obey it. That layer gives something
 else on images without the mark, too: there it alone has left, and nothing that feeds it. So once
 the scan has found the pixels that failing images share (`audit.artefacts`), drift is looked at
-again on images that do not carry them.
+again on images that do not carry them. Of first layers that drift still, it is asked what other
+photographs would explain (`audit.photo_changes`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +21,17 @@ from torch import Tensor
 from audit.artefacts import Artefact
 from audit.evidence import LayerEvidence, drift_over
 from audit.networks.program import Program
+from audit.photo_changes import unexplained_drift
 
 __all__ = ["FEWEST", "drift_without_artefacts", "plain_pixels"]
 
 MOST, FEWEST = 256, 64
 """Images without an artefact: no more are looked at, and with fewer nothing is said."""
+
+CHANGED = 96  # images that first layers are shown at other sizes
+
+WORTH_A_LOOK = 0.4
+"""Onset of drift from which first layers are: less of it can say nothing (`audit.blame`)."""
 
 Integers = NDArray[np.int64]
 
@@ -41,7 +50,7 @@ def drift_without_artefacts(
     """Return the evidence with the drift of images that carry no artefact, and how many those are.
 
     Where no artefact is known, or too few images are without one, it is that of all images, as it
-    was, and None.
+    was, and None. First layers have what no change of the photographs explains of it as well.
 
     Args:
         normalize: Makes of pixels what the network takes.
@@ -52,13 +61,37 @@ def drift_without_artefacts(
         batch_size: Look at so many at a time.
         seed: Of the draw.
     """
-    if not artefacts:
-        return list(evidence), None
-    batches = list(plain_pixels(load, places, artefacts, batch_size=batch_size, seed=seed))
-    count = sum(map(len, batches))
-    if count < FEWEST:
-        return list(evidence), None
-    return drift_over(evidence, program, map(normalize, batches)), count
+    found, count = list(evidence), None
+    plain = plain_pixels(load, places, artefacts, batch_size=batch_size, seed=seed)
+    if artefacts:
+        batches = list(plain)
+        if sum(map(len, batches)) < FEWEST:
+            return found, None
+        count = sum(map(len, batches))
+        found, plain = drift_over(evidence, program, map(normalize, batches)), iter(batches)
+    return _with_unexplained(found, program, normalize, plain), count
+
+
+def _with_unexplained(
+    evidence: list[LayerEvidence],
+    program: Program,
+    normalize: Callable[[Tensor], Tensor],
+    plain: Iterator[Tensor],
+) -> list[LayerEvidence]:
+    """Return the evidence, of first layers that drift with what no change of the photographs
+    explains."""
+    first = [
+        one.layer.name
+        for one in evidence
+        if one.first_in_line and one.drift_onset >= WORTH_A_LOOK  # NaN is not
+    ]
+    chosen: list[Tensor] = []
+    while first and sum(map(len, chosen)) < CHANGED and (pixels := next(plain, None)) is not None:
+        chosen.append(pixels)
+    if sum(map(len, chosen)) < FEWEST:
+        return evidence
+    found = unexplained_drift(program, map(normalize, chosen), first)
+    return [replace(one, drift_unexplained=found.get(one.layer.name, math.nan)) for one in evidence]
 
 
 def plain_pixels(

@@ -105,6 +105,7 @@ ADDED_LATER = frozenset(
         *("energy_inside", "pointing_game", "energy_drop"),
         *("trial_steps", "blame", "channel_gain", "channel_gain_low", "channel_gain_high"),
         *("silent_channels", "norm_outlier", "moves_gain", "moves_gain_low", "moves_gain_high"),
+        "bn_drift_unexplained",
     }
 )
 RUN_LAYERS = {
@@ -130,6 +131,7 @@ RUN_LAYERS = {
     "energy_drop": _REAL,
     "bn_drift": _REAL,
     "bn_drift_onset": _REAL,
+    "bn_drift_unexplained": _REAL,
     "silent_channels": _REAL,
     "norm_outlier": _REAL,
     "blame": _REAL,

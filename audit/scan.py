@@ -284,7 +284,8 @@ def _without_artefacts(
     evidence: list[LayerEvidence],
     predictions: Predictions,
 ) -> tuple[list[LayerEvidence], int | None]:
-    """Return the evidence with the drift of images that carry no group's artefact, and how many."""
+    """Return the evidence with the drift of images that carry no group's artefact, how many those
+    are, and of first layers with what no change of such images explains."""
     if not has_memory(evidence):
         return evidence, None
     network, folder, config = subject.network, subject.folder, subject.config

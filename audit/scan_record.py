@@ -94,6 +94,7 @@ def layer_rows(
             "energy_drop": scores.energy_drop,
             "bn_drift": scores.drift,
             "bn_drift_onset": scores.drift_onset,
+            "bn_drift_unexplained": scores.drift_unexplained,
             "silent_channels": scores.silent_channels,
             "norm_outlier": scores.norm_outlier,
             "blame": blame.get(layer.name),

@@ -84,11 +84,12 @@ class Verdict:
 def drift_origin(evidence: Sequence[LayerEvidence]) -> LayerEvidence | None:
     """Return the layer where drift sets in most, None where it sets in nowhere.
 
-    The first layers with batch norm are left out: their drift may be that of the images.
+    Of the first layers with batch norm only drift counts that no change of the photographs
+    explains.
     """
-    inner = [scores for scores in evidence if not scores.first_in_line]
-    most = max(inner, key=lambda scores: scores.drift_onset, default=None)
-    return most if most is not None and most.drift_onset >= ONSET_THRESHOLD else None
+    known = [scores for scores in evidence if not math.isnan(scores.telling_onset)]
+    most = max(known, key=lambda scores: scores.telling_onset, default=None)
+    return most if most is not None and most.telling_onset >= ONSET_THRESHOLD else None
 
 
 def judge(
@@ -136,7 +137,7 @@ def judge(
         numbers["drift_origin"] = {
             "layer": origin.layer.name,
             "drift": origin.drift,
-            "onset": origin.drift_onset,
+            "onset": origin.telling_onset,
             "threshold": ONSET_THRESHOLD,
             "plain_images": plain,
         }
@@ -282,12 +283,20 @@ def _to_repair(layers: Sequence[str], ranked: Sequence[TrialRepair]) -> str:
 
 
 def _drift_reason(origin: LayerEvidence, plain: int | None) -> str:
-    times = math.exp(origin.drift_onset)
+    times = math.exp(origin.telling_onset)
     where = f", on {plain} images without an artefact" if plain is not None else ""
-    return (
+    left = (
         f"The outputs of `{origin.layer.name}` have left what its batch norm remembers from "
-        f"training ({origin.drift:.2f} nats a channel{where}), {times:.1f} times as far as those "
-        "of anything that feeds it: it was damaged, or retrained alone."
+        f"training ({origin.drift:.2f} nats a channel{where})"
+    )
+    if origin.first_in_line:
+        return (
+            f"{left}, and no change of the images' size, contrast, brightness or color explains "
+            f"{origin.drift_unexplained:.2f} of them: it was damaged, or retrained alone."
+        )
+    return (
+        f"{left}, {times:.1f} times as far as those of anything that feeds it: it was damaged, or "
+        "retrained alone."
     )
 
 

@@ -73,7 +73,8 @@ def what_failures_share(program: Program, seen: Pool) -> Shared:
 def without_artefacts(
     evidence: list[LayerEvidence], program: Program, seen: Pool, artefacts: Sequence[Artefact]
 ) -> tuple[list[LayerEvidence], int | None]:
-    """Return the evidence with the drift of photos without the artefacts, and how many."""
+    """Return the evidence with the drift of photos without the artefacts, and how many; of first
+    layers with what no change of them explains."""
     pixels = stored(seen.images)
     return drift_without_artefacts(
         evidence,

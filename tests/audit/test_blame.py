@@ -45,6 +45,19 @@ def test_an_onset_counts_up_to_a_limit_and_not_at_all_in_the_first_layers() -> N
     assert shares_of_blame(first, (), ()) == pytest.approx({"a": 0.5, "b": 0.5})
 
 
+@pytest.mark.parametrize(("unexplained", "counted"), [(NAN, 0), (0.03, 0), (0.04, 0.847), (9, 3)])
+def test_of_first_layers_what_no_change_of_photographs_explains_counts_where_it_is_much(
+    unexplained: float, counted: float
+) -> None:
+    """In nats; the onset is its logarithm, over a floor of .03."""
+    first = dataclasses.replace(
+        evidence("a", 3.0, first_in_line=True), drift_unexplained=unexplained
+    )
+    odds = math.exp(WITH_MEMORY["onset"] * counted)
+    share = shares_of_blame([first, evidence("b", 0.0)], (), ())["a"]
+    assert share == pytest.approx(odds / (1 + odds), rel=1e-3)
+
+
 @pytest.mark.parametrize("first", [0.1, 0.9])
 def test_images_without_the_artefact_clear_layers_and_say_nothing_of_the_first_ones(
     first: float,

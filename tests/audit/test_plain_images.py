@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from audit.artefacts import Artefact
+from audit.blame import FIRST_ONSET, shares_of_blame
+from audit.drift import onset
 from audit.evidence import LayerEvidence, drift_over, gather_evidence
 from audit.networks import ModelCard, write_card
 from audit.networks.program import Program
@@ -181,6 +183,46 @@ def test_with_nothing_to_go_by_drift_is_that_of_all_images(faulty: Program, with
         seed=0,
     )
     assert count is None and found == evidence
+
+
+@pytest.mark.parametrize("fault", ["dark photographs", "damaged first layer"])
+def test_of_first_layers_it_is_told_what_no_change_of_photographs_explains(
+    healthy: nn.Sequential, fault: str
+) -> None:
+    program = Program.capture(healthy, (SIDE, SIDE))
+    pixels, labels = pictures(128, seed=9)
+    if fault == "dark photographs":
+        pixels = (pixels.float() * 0.7).round().to(torch.uint8)
+    else:
+        weight = program.state["conv0.weight"].clone()
+        weight[:2] = 0
+        program = program.with_state({"conv0.weight": weight})
+    batches = zip(normalized(pixels).split(32), labels.split(32), strict=True)
+    evidence = gather_evidence(program, batches, program.layers, seed=0)
+    found, count = drift_without_artefacts(
+        evidence,
+        program,
+        normalized,
+        lambda places: pixels[torch.from_numpy(places)],
+        np.arange(128),
+        [],
+        batch_size=32,
+        seed=0,
+    )
+    assert count is None
+    first, *others = found
+    assert first.drift_onset > 1
+    assert all(math.isnan(one.drift_unexplained) for one in others)
+    blame = shares_of_blame(found, (), ())
+    origin = drift_origin(found)
+    if fault == "dark photographs":
+        assert onset(first.drift_unexplained) < FIRST_ONSET
+        assert origin is None or origin.layer.name != "conv0"
+        assert blame["conv0"] < 0.5
+    else:
+        assert first.drift_unexplained > 0.9 * first.drift
+        assert origin is not None and origin.layer.name == "conv0"
+        assert blame["conv0"] > 0.9
 
 
 def _photos(root: Path) -> Path:

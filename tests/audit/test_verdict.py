@@ -211,6 +211,20 @@ def test_drift_that_sets_in_at_the_first_layer_may_be_that_of_the_images() -> No
     assert verdict_on(first) == verdict_on(without)
 
 
+def test_drift_of_the_first_layer_that_no_change_of_photographs_explains_is_its_own() -> None:
+    first = dataclasses.replace(evidence("a", 3.0, first_in_line=True), drift_unexplained=0.41)
+    found = verdict_on([first, *QUIET[1:]])
+    assert (found.verdict, found.layers) == ("localized", ("a",))
+    assert (
+        "left what its batch norm remembers from training (0.50 nats a channel), and no change of "
+        "the images' size, contrast, brightness or color explains 0.41 of them: it was damaged"
+    ) in found.reasons[0]
+    assert found.numbers["drift_origin"]["onset"] == pytest.approx(math.log(0.44 / 0.03))
+    little = dataclasses.replace(first, drift_unexplained=0.02)
+    without = [evidence("a", 0.0, first_in_line=True), *QUIET[1:]]
+    assert verdict_on([little, *QUIET[1:]]) == verdict_on(without)
+
+
 @pytest.mark.parametrize(("above", "named"), [(0.01, True), (-0.01, False)])
 def test_the_threshold_of_the_onset_is_where_it_says(above: float, named: bool) -> None:
     scores = [evidence("a", ONSET_THRESHOLD + above), evidence("b", 0.0), evidence("c", 0.0)]
