@@ -20,8 +20,8 @@ each fault, in every photo alike; for backgrounds the mask. `trust` is the paper
 itself where the mark, or the background, is another photo's (`repair.teaching`). `planted` is the
 layer at fault, the other rows are of the layer that the scan would have repaired. `default` is what
 `repair layer` does then (`repair.defaults`): for marks `answers` where the photos are biased, which
-a scan of them counts, and `energy` where they are balanced; for backgrounds `energy` on
-counterfactuals, since masks say nothing about that; `trust` where a scan found no group; cross
+a scan of them counts, and `trust` where they are balanced or a scan found no group; for backgrounds
+`energy` on counterfactuals, since masks say nothing about that; cross
 entropy for a loss of maps in a layer that has none. Controls: plain cross entropy (`ce`), the maps
 of other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 2022), all layers
 (`full`), all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's
@@ -140,7 +140,7 @@ TUNED = {
 }
 
 DEFAULT = "default"
-BY_ARTEFACT: dict[str, str] = {"biased": "answers", "balanced": "energy"}
+BY_ARTEFACT: dict[str, str] = {"biased": "answers", "balanced": "trust"}
 BY_MASKS = "energy, counterfactuals"
 WITHOUT_MAPS = {"energy": "ce", BY_MASKS: "ce, counterfactuals", "trust": "ce"}
 CONTROLS = ("ce", "planted ce", "dfr", "dfr, counterfactuals")

@@ -68,7 +68,8 @@ def layer_command(
     loss: Annotated[
         str,
         typer.Option(
-            help="What to minimize; auto: energy where a region is known, else trust.",
+            help="What to minimize; auto: trust, or ce or energy on made images where what "
+            "misleads the network is nearly always right in these.",
             metavar="|".join([AUTO, *LOSSES]),
         ),
     ] = AUTO,

@@ -2,10 +2,11 @@
 
 Images in which a shortcut is wrong often enough teach a layer better of it, as they are, than made
 ones do. So where an error group's artefact or region is wrong in a quarter of the images, the
-repair is told where it is, by the loss `energy`, and that is all. Where it is nearly always right
+repair learns from them as they are, by the paper's loss, which of all that were tried wins back
+most there and harms least. Where it is nearly always right
 the images are counterfactual: an artefact is another image's pixels, and the layer learns what the
 network itself says of the image without it (`repair.teaching`); of a region, and of masks, which
-say nothing about how often the rest misleads, the loss is `energy` again. Where nothing is known it
+say nothing about how often the rest misleads, the loss is `energy`. Where nothing is known it
 is the paper's. `benchmarks/repair_shortcut.py` has the figures.
 """
 
@@ -60,8 +61,10 @@ def settle(
     answers = made and not isinstance(source, Path) and bool((source or {}).get("artefact"))
     if answers:
         loss, reason = ARTEFACT_LOSS, "it is known which pixels mislead the network"
-    elif source is not None:
+    elif made:
         loss, reason = GUIDED_LOSS, "it is known where the network may look"
+    elif source is not None:
+        loss, reason = UNGUIDED_LOSS, "what misleads the network is often wrong in these images"
     else:
         loss, reason = UNGUIDED_LOSS, "nothing says where the network may look"
     if not layer.has_maps and loss != "ce":

@@ -272,20 +272,20 @@ def test_images_in_which_an_artefact_is_wrong_often_enough_are_learned_from_as_t
     run = open_run(grouped.path)
     layer = open_scanned_network(run).layer(DAMAGED)
     settled, sentence = settle(run, layer, CONFIG, AUTO)
-    assert settled.loss == ("ce" if made else "energy")
+    assert settled.loss == ("ce" if made else "trust")
     assert settled.counterfactuals is made and (settled.distill > 0) is made
     assert sentence is not None and ("counterfactual" in sentence) is made
 
 
-def test_a_run_whose_artefact_is_often_wrong_is_told_where_it_is_and_no_more(grouped: Run) -> None:
+def test_a_run_whose_artefact_is_often_wrong_is_repaired_by_the_papers_loss(grouped: Run) -> None:
     document = grouped.groups
     document["groups"][1]["artefact"]["agreeing"] = 0.5
     write_json(grouped.path / "groups.json", document)
     run = open_run(grouped.path)
     info = repair_layer(run, replace(CONFIG, controls=()), RepairRequest(choose=AUTO)).info
-    assert (info["config"]["loss"], info["config"]["counterfactuals"]) == ("energy", False)
-    stated = replace(CONFIG, loss="energy", controls=())
-    told = repair_layer(run, stated, RepairRequest(group="group-2")).info
+    assert (info["config"]["loss"], info["config"]["counterfactuals"]) == ("trust", False)
+    stated = replace(CONFIG, loss="trust", controls=())
+    told = repair_layer(run, stated, RepairRequest()).info
     assert info["after"] == told["after"]
 
 
