@@ -111,6 +111,8 @@ def find_common_artefact(
         images: How many there are.
         seed: Of the draw, where there are many.
     """
+    if images < SMALLEST:
+        return None
     drawn = np.random.default_rng(seed).permutation(images)[:COUNTED_IN]
     first, pixels = _readable(load, drawn[:SOUGHT_IN])
     artefact = common_artefact(pixels)
