@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,8 +62,8 @@ class MoveConfig:
         candidates: Of each kind and layer, how many are made in earnest at most; of at most 32
             exchanges, as eight channels have, all.
         batch_size: Images a forward pass.
-        budget_s: Seconds for all layers together, which buy candidates: the most promising one of
-            every layer first, then the second ones.
+        budget_s: Seconds for all layers together: it buys as many candidates as half of it has
+            time for, the most promising one of every layer first, then the second ones.
     """
 
     candidates: int = 6
@@ -128,36 +129,21 @@ def channel_moves(
     earlier = checkpoint.earlier if checkpoint else None
     started_s = time.perf_counter() - (earlier["spent_s"] if earlier else 0.0)
     learning = len(images)
-    done: dict[str, Any] = {}
-    over: list[str] = []  # layers that are done with the candidates from `begun` to `until`
-    begun = 0
+    done: dict[str, Any] = dict(earlier["done"]) if earlier else {}
     if earlier:
-        ranked = [(name, Move(*plain)) for name, plain in earlier["ranked"]]
-        done, over = dict(earlier["done"]), list(earlier["over"])
-        begun, until = earlier["begun"], earlier["until"]
+        chosen = {
+            name: [Move(*one) for one in candidates]
+            for name, candidates in earlier["chosen"].items()
+        }
     else:
         own = [one for one in layers if not one.kind.startswith("conv_transpose")]
-        ranked, move_s = _ranked(program, images, labels, own, config)
-        # On a guess a half: what a candidate takes is known better after some.
-        until = _affordable(len(ranked), config.budget_s and config.budget_s / 2, move_s, least=1)
-
-    def left_s() -> float | None:
-        if config.budget_s is None:
-            return None
-        return config.budget_s - (time.perf_counter() - started_s)
+        chosen = _chosen(program, images, labels, own, config)
 
     def keep() -> None:
         if checkpoint is not None:
-            checkpoint.save(
-                {
-                    "spent_s": time.perf_counter() - started_s,
-                    "ranked": [(name, _plain(move)) for name, move in ranked],
-                    "begun": begun,
-                    "until": until,
-                    "over": over,
-                    "done": done,
-                }
-            )
+            plain = {name: [_plain(move) for move in moves] for name, moves in chosen.items()}
+            spent_s = time.perf_counter() - started_s
+            checkpoint.save({"spent_s": spent_s, "chosen": plain, "done": done})
 
     if not earlier:
         keep()
@@ -170,32 +156,28 @@ def channel_moves(
             (every_image[learning:], held_out_labels),
         )
     )
-    nothing = {"move": None, "error": float(learned.sum()) * (1 - _LEAST)}
-    while begun < until:
-        wave: dict[str, list[Move]] = {}
-        for name, move in ranked[begun:until]:
-            wave.setdefault(name, []).append(move)
-        began_s = time.perf_counter()
-        for name, crossing in program.prefixes(every_image, [n for n in wave if n not in over]):
-            left, is_new = left_s(), name not in done
-            done[name] = _tried(
-                program.split(name),
-                [tensor[:learning] for tensor in crossing],
-                labels,
-                [tensor[learning:] for tensor in crossing],
-                held_out_labels,
-                wave[name] if left is None or left > 0 else [],
-                config.batch_size,
-                so_far=done.get(name, nothing),
-            )
-            over.append(name)
-            if is_new and on_layer is not None:
-                on_layer()
-            if checkpoint is not None and checkpoint.due(16 * len(held_out_labels) * len(done)):
-                keep()
-        move_s = (time.perf_counter() - began_s) / (until - begun)
-        begun, over = until, []
-        until += _affordable(len(ranked) - begun, left_s(), move_s)
+    least = float(learned.sum()) * (1 - _LEAST)
+    waiting = [name for name in chosen if name not in done]
+    for name, crossing in program.prefixes(every_image, waiting):
+        left_s = np.inf
+        if config.budget_s is not None:
+            left_s = config.budget_s - (time.perf_counter() - started_s)
+        split = program.split(name)
+        done[name] = _tried(
+            split,
+            [tensor[:learning] for tensor in crossing],
+            labels,
+            [tensor[learning:] for tensor in crossing],
+            held_out_labels,
+            chosen[name] if left_s > 0 else [],
+            config.batch_size,
+            least=least,
+        )
+        if on_layer is not None:
+            on_layer()
+        if checkpoint is not None and checkpoint.due(16 * len(held_out_labels) * len(done)):
+            keep()
+    if waiting:
         keep()
     return [
         ChannelMove(
@@ -276,14 +258,14 @@ def _promising(
     return sorted(found)
 
 
-def _ranked(
+def _chosen(
     program: Program,
     images: Tensor,
     labels: Tensor,
     layers: Sequence[Layer],
     config: MoveConfig,
-) -> tuple[list[tuple[str, Move]], float]:
-    """Return layers and moves in the order of trying them, and about how long each takes."""
+) -> dict[str, list[Move]]:
+    """Return the moves to try, by layer."""
     splits = [program.split(layer.name) for layer in layers]
     leaves = {
         name: value.detach().clone().requires_grad_()
@@ -301,14 +283,12 @@ def _ranked(
             _promising(split.parameters, gradients, config.candidates)
         )
     )
-    return [(splits[at].layer.name, move) for _, _, at, move in ranked], move_s
-
-
-def _affordable(moves: int, left_s: float | None, move_s: float, *, least: int = 0) -> int:
-    """Return how many of so many moves there is time for, all without a limit."""
-    if left_s is None:
-        return moves
-    return min(moves, max(least, int(left_s / max(move_s, 1e-9))))
+    if config.budget_s is not None:
+        ranked = ranked[: max(1, int(config.budget_s / 2 / max(move_s, 1e-9)))]
+    chosen: dict[str, list[Move]] = {}
+    for _, _, at, move in ranked:
+        chosen.setdefault(splits[at].layer.name, []).append(move)
+    return chosen
 
 
 def _tried(
@@ -320,22 +300,21 @@ def _tried(
     candidates: Sequence[Move],
     batch_size: int,
     *,
-    so_far: Mapping[str, Any],
-) -> Mapping[str, Any]:
-    """Make the move of a layer that leaves the learning images least error, less than the best
-    one did so far, and judge it."""
+    least: float,
+) -> dict[str, Any]:
+    """Make the move of a layer that leaves the learning images less error than `least`, the one
+    that leaves least, and judge it."""
     best: Move | None = None
-    least = so_far["error"]
     for move in candidates:
         trial = moved(split.parameters, move)
         error = float(_cross_entropies(split, crossing, labels, trial, batch_size).sum())
         if error < least:
             least, best = error, move
     if best is None:
-        return so_far
+        return {"move": None}
     repaired = moved(split.parameters, best)
     after = _cross_entropies(split, held_out, held_out_labels, repaired, batch_size)
-    return {"move": _plain(best), "error": least, "after": after}
+    return {"move": _plain(best), "after": after}
 
 
 def _gradients(

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import audit.moves
 from audit.checkpoints import Checkpoint, Checkpoints
 from audit.moves import ChannelMove, Move, MoveConfig, channel_moves, first_order, moved
-from audit.networks.program import Program, Split
+from audit.networks.program import Program
 from tests.audit.example_networks import NETWORKS, SIZE, images, labels, network
 from tests.shapes import SIDE, trained_network, trial_images
 
@@ -213,38 +211,6 @@ def test_a_small_budget_buys_the_most_promising_move_of_the_most_promising_layer
     assert {one.layer.name for one in found} == {name for _, name in slopes[:3]}
     assert len(slopes) > 3
     assert not any(one.move for one in found)  # the time is over before the first
-
-
-@pytest.mark.parametrize(("budget_s", "moves"), [(12.0, 12), (1000.0, None), (None, None)])
-def test_moves_are_bought_in_waves_until_the_budget_is_spent(
-    monkeypatch: pytest.MonkeyPatch, budget_s: float | None, moves: int | None
-) -> None:
-    """By a clock of which each candidate takes a second, though ten were guessed."""
-    seconds, made = [0.0], list[tuple[str, Move]]()
-    rank, make = audit.moves._ranked, audit.moves._tried
-
-    def guessed(*given: Any) -> Any:
-        return rank(*given)[0], 10.0
-
-    def slow(split: Split, *given: Any, **more: Any) -> Any:
-        candidates = given[4]
-        seconds[0] += len(candidates)
-        made.extend((split.layer.name, move) for move in candidates)
-        return make(split, *given, **more)
-
-    monkeypatch.setattr("audit.moves._ranked", guessed)
-    monkeypatch.setattr("audit.moves._tried", slow)
-    monkeypatch.setattr("audit.moves.time.perf_counter", lambda: seconds[0])
-    program = Program.capture(network("residual", torch.float64), SIZE)
-    config = MoveConfig(candidates=3, budget_s=budget_s)
-    given = (program, *example_images(), program.layers)
-    found = channel_moves(*given, config, seed=0)
-    ranked, _ = rank(program, *example_images()[:2], program.layers, MoveConfig(candidates=3))
-    assert len(ranked) > 12
-    assert sorted(made) == sorted(ranked[:moves])
-    if moves is None:
-        whole = channel_moves(*given, MoveConfig(candidates=3), seed=0)
-        assert [(one.move, one.gain) for one in found] == [(one.move, one.gain) for one in whole]
 
 
 def test_moves_that_are_interrupted_go_on_where_they_were(
