@@ -203,6 +203,15 @@ def by_region(
         )
 
 
+def testable(label: Integers, guess: Integers, minimum: int) -> list[int]:
+    """Return the predicted classes with enough wrong and right images to compare."""
+    wrong = np.bincount(guess[label != guess], minlength=1)
+    right = np.bincount(guess[label == guess], minlength=1)
+    both = min(len(wrong), len(right))
+    enough = (wrong[:both] >= minimum) & (right[:both] >= minimum)
+    return [int(b) for b in np.flatnonzero(enough)]
+
+
 # --- what is in the images ------------------------------------------------------------------------
 
 
@@ -228,15 +237,6 @@ def by_artefact(
         p_value=p_value,
         test="Fisher's exact test, one-sided: wrong and right images carry the artefact alike",
     )
-
-
-def testable(label: Integers, guess: Integers, minimum: int) -> list[int]:
-    """Return the predicted classes with enough wrong and right images to compare."""
-    wrong = np.bincount(guess[label != guess], minlength=1)
-    right = np.bincount(guess[label == guess], minlength=1)
-    both = min(len(wrong), len(right))
-    enough = (wrong[:both] >= minimum) & (right[:both] >= minimum)
-    return [int(b) for b in np.flatnonzero(enough)]
 
 
 def _shared(values: Integers, least: float = SHARED_LABEL) -> int | None:

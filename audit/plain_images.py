@@ -65,9 +65,9 @@ def drift_without_artefacts(
     plain = plain_pixels(load, places, artefacts, batch_size=batch_size, seed=seed)
     if artefacts:
         batches = list(plain)
-        if sum(map(len, batches)) < FEWEST:
-            return found, None
         count = sum(map(len, batches))
+        if count < FEWEST:
+            return found, None
         found, plain = drift_over(evidence, program, map(normalize, batches)), iter(batches)
     return _with_unexplained(found, program, normalize, plain), count
 

@@ -188,15 +188,13 @@ def _fill_run(run: Run, subject: Subject, request: ScanRequest, timings: _Timing
         )
     with timings.measure("groups"):
         fitting.run(lambda smaller: _write_groups(run, smaller, predictions))
-        found = {
-            group["id"]: artefact
+        found = [
+            (group, artefact)
             for group in run.groups["groups"]
             if (artefact := find_group_artefact(run, group)) is not None
-        }
-        artefacts = list(found.values())
-        called_alike = sum(
-            group["id"] in found and group["kind"] != "artefact" for group in run.groups["groups"]
-        )
+        ]
+        artefacts = [artefact for _, artefact in found]
+        called_alike = sum(group["kind"] != "artefact" for group, _ in found)
         evidence, plain = fitting.run(
             lambda smaller: _without_artefacts(smaller, artefacts, evidence, predictions)
         )

@@ -218,7 +218,9 @@ def trial_repairs(
         advance(steps)
         # How long a layer takes is known better after some, so that they enter in waves.
         while not done and (
-            wave := _affordable(names[len(entrants) :], left_s(0.5), layer_s, entrants)
+            wave := _affordable(
+                names[len(entrants) :], left_s(0.5), layer_s, least=0 if entrants else 2
+            )
         ):
             entrants = [*entrants, *wave]
             trials |= {name: _Trial(program.split(name), config, halves) for name in wave}
@@ -261,13 +263,11 @@ def _first_round_s(config: TrialConfig, forward_s: float, learning: int, judging
     return len(config.step_sizes) * (steps + judging) * forward_s / 2
 
 
-def _affordable(
-    names: Sequence[str], left_s: float, layer_s: float, entrants: Collection[str]
-) -> list[str]:
-    """Return as many names as there is time for, two at least of the first ones."""
+def _affordable(names: Sequence[str], left_s: float, layer_s: float, *, least: int) -> list[str]:
+    """Return as many names as there is time for, so many at least."""
     if math.isinf(left_s):
         return list(names)
-    return list(names[: max(0 if entrants else 2, int(left_s / max(layer_s, 1e-9)))])
+    return list(names[: max(least, int(left_s / max(layer_s, 1e-9)))])
 
 
 def _next_entrants(

@@ -283,7 +283,6 @@ def _to_repair(layers: Sequence[str], ranked: Sequence[TrialRepair]) -> str:
 
 
 def _drift_reason(origin: LayerEvidence, plain: int | None) -> str:
-    times = math.exp(origin.telling_onset)
     where = f", on {plain} images without an artefact" if plain is not None else ""
     left = (
         f"The outputs of `{origin.layer.name}` have left what its batch norm remembers from "
@@ -294,6 +293,7 @@ def _drift_reason(origin: LayerEvidence, plain: int | None) -> str:
             f"{left}, and no change of the images' size, contrast, brightness or color explains "
             f"{origin.drift_unexplained:.2f} of them: it was damaged, or retrained alone."
         )
+    times = math.exp(origin.drift_onset)
     return (
         f"{left}, {times:.1f} times as far as those of anything that feeds it: it was damaged, or "
         "retrained alone."

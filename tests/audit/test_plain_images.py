@@ -60,6 +60,22 @@ def artefact() -> Artefact:
     return Artefact(mask=mask, picture=picture, threshold=100.0)
 
 
+def looked_at_again(
+    evidence: list[LayerEvidence], program: Program, pixels: Tensor, artefacts: list[Artefact]
+) -> tuple[list[LayerEvidence], int | None]:
+    """What `drift_without_artefacts` makes of evidence when it may draw from all the pictures."""
+    return drift_without_artefacts(
+        evidence,
+        program,
+        normalized,
+        lambda places: pixels[torch.from_numpy(places)],
+        np.arange(len(pixels)),
+        artefacts,
+        batch_size=32,
+        seed=0,
+    )
+
+
 @pytest.fixture(scope="module")
 def healthy() -> nn.Sequential:
     """Four convolutions with batch norm that have never seen a badge."""
@@ -131,16 +147,7 @@ def test_a_badge_hides_where_drift_sets_in_and_images_without_it_show_it(faulty:
     batches = zip(normalized(pixels).split(50), labels.split(50), strict=True)
     seen = gather_evidence(faulty, batches, list(faulty.layers), seed=0)
     hidden = {one.layer.name: one.drift_onset for one in seen}[PLANTED]
-    found, count = drift_without_artefacts(
-        seen,
-        faulty,
-        normalized,
-        lambda places: pixels[torch.from_numpy(places)],
-        np.arange(300),
-        [artefact()],
-        batch_size=32,
-        seed=0,
-    )
+    found, count = looked_at_again(seen, faulty, pixels, [artefact()])
     assert count == 150
     origin = drift_origin(found)
     assert origin is not None and origin.layer.name == PLANTED
@@ -172,15 +179,8 @@ def test_images_without_an_artefact_are_drawn_once_each(plain: int) -> None:
 def test_with_nothing_to_go_by_drift_is_that_of_all_images(faulty: Program, without: str) -> None:
     pixels, labels = pictures(FEWEST - 1, seed=5)
     evidence = gather_evidence(faulty, [(normalized(pixels), labels)], faulty.layers, seed=0)
-    found, count = drift_without_artefacts(
-        evidence,
-        faulty,
-        normalized,
-        lambda places: pixels[torch.from_numpy(places)],
-        np.arange(len(pixels)),
-        [artefact()] if without == "images" else [],
-        batch_size=32,
-        seed=0,
+    found, count = looked_at_again(
+        evidence, faulty, pixels, [artefact()] if without == "images" else []
     )
     assert count is None and found == evidence
 
@@ -199,16 +199,7 @@ def test_of_first_layers_it_is_told_what_no_change_of_photographs_explains(
         program = program.with_state({"conv0.weight": weight})
     batches = zip(normalized(pixels).split(32), labels.split(32), strict=True)
     evidence = gather_evidence(program, batches, program.layers, seed=0)
-    found, count = drift_without_artefacts(
-        evidence,
-        program,
-        normalized,
-        lambda places: pixels[torch.from_numpy(places)],
-        np.arange(128),
-        [],
-        batch_size=32,
-        seed=0,
-    )
+    found, count = looked_at_again(evidence, program, pixels, [])
     assert count is None
     first, *others = found
     assert first.drift_onset > 1
