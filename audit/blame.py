@@ -8,9 +8,9 @@ back does. A conditional logit (McFadden 1974) joins them: each layer's score is
 the shares of blame are their softmax over the layers.
 
 The weights were fitted on planted faults, but for those of layers that images without an artefact
-clear (one in twenty layers at fault) and of moves beside batch norm, which were set; all are judged
-on others (ARCHITECTURE.md,
-`benchmarks/localize.py`). A share is therefore a probability for faults like those.
+clear (one in twenty layers at fault) and of signs and moves beside batch norm, which were set; all
+are judged on others (ARCHITECTURE.md, `benchmarks/localize.py`). A share is therefore a probability
+for faults like those.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ __all__ = [
     "suspects",
 ]
 
-WITH_MEMORY = {"onset": 4.4, "trial": 3.2, "silent": 3.5, "cleared": -3.0, "moves": 8.0}
+WITH_MEMORY = {
+    "onset": 4.4,
+    "trial": 3.2,
+    "silent": 3.5,
+    "cleared": -3.0,
+    "signs": 8.0,
+    "moves": 8.0,
+}
 WITHOUT_MEMORY = {"silent": 3.5, "channels": 3.1, "moves": 3.2, "norm": 4.0}
 
 CLEARED_ONSET = 0.4
@@ -48,7 +55,7 @@ more, but for changed signs and noise half as large as the weights (ARCHITECTURE
 
 _MOST_ONSET = 3.0
 _MANY_SILENT = 0.1  # of the channels
-_USUAL_OUTLIER = 4.0  # robust standard deviations; twice as many say all that a norm can say
+_SURE_OUTLIER = 2.0  # -log10 p: one in a hundred says all that a norm can say
 
 
 def has_memory(evidence: Sequence[LayerEvidence]) -> bool:
@@ -66,15 +73,18 @@ def layer_features(
     """Return what the blame weighs: by feature, one value a layer.
 
     ``onset`` of drift, in [0, 3]; ``cleared`` 1 where images without the artefact show that the
-    layer was not taught it, else 0; ``silent`` in [0, 1], full from a tenth of the channels on;
+    layer was not taught it, else 0; ``signs`` the onset of the drift that changed signs explain, in
+    [0, 1]; ``silent`` in [0, 1], full from a tenth of the channels on;
     ``trial`` one over the rank of the weight trial; ``channels`` one over the rank of the channel
     trial, mean over its rounds; ``moves`` of the layer whose channel move does most its lead, in
-    [0, 1], 0 of all others; ``norm`` in [0, 1], how far the weights' norm is beyond what is usual.
+    [0, 1], 0 of all others; ``norm`` in [0, 1], how surely the weights'
+    norm is above the others', full where p is 0.01.
     """
     names = [one.layer.name for one in evidence]
     return {
         "onset": [_onset(one) for one in evidence],
         "cleared": [_cleared(one) for one in evidence],
+        "signs": [_signs(one) for one in evidence],
         "silent": [_silent(one) for one in evidence],
         "trial": _by_trial(names, trials),
         "channels": _by_channels(names, channel_trials),
@@ -158,10 +168,14 @@ def _cleared(one: LayerEvidence) -> float:
     return float(told and one.drift_onset < CLEARED_ONSET)  # NaN is not
 
 
+def _signs(one: LayerEvidence) -> float:
+    return min(one.signs_onset, 1.0) if one.signs_onset > 0 else 0.0  # NaN is not
+
+
 def _by_norm(one: LayerEvidence) -> float:
     if math.isnan(one.norm_outlier):
         return 0.0
-    return min(max(one.norm_outlier / _USUAL_OUTLIER - 1, 0.0), 1.0)
+    return min(one.norm_outlier / _SURE_OUTLIER, 1.0)
 
 
 def _by_moves(names: Sequence[str], moves: Sequence[ChannelMove]) -> list[float]:

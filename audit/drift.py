@@ -6,6 +6,9 @@ does every layer behind it. The layer at fault is therefore where drift sets in:
 nothing that feeds it does. Images that differ from those of training drift as well, from the first
 layer on; they do not set in at one layer deep inside.
 
+Weights of the wrong sign turn a channel's mean and leave its variance: drift that goes when the
+sign is changed back. It may be little beside that of the images, yet little else brings it about.
+
 Source of the drift: the Kullback-Leibler divergence between two normal distributions, per channel;
 of batch-norm statistics as a sign of shift, Li et al. 2016, "Revisiting Batch Normalization". The
 onset is this project's own (ARCHITECTURE.md).
@@ -22,13 +25,25 @@ from torch import Tensor
 
 from audit.networks.program import BatchNorm
 
-__all__ = ["ChannelSums", "drift", "onset", "onsets", "silent_channels"]
+__all__ = [
+    "ChannelSums",
+    "drift",
+    "drift_by_signs",
+    "onset",
+    "onsets",
+    "signs_onsets",
+    "silent_channels",
+]
 
 ONSET_FLOOR = 0.03
 """Drift, in nats, that a few hundred images of the training distribution show by chance."""
 
 SILENCE = 1e-3
 """A channel is silent that varies less than this share of the most varied one of its layer."""
+
+BY_SIGNS = 0.5
+"""Share of a layer's drift that changed signs must explain: where some were changed .58 and more,
+where none were .4 at most, whatever the images (ARCHITECTURE.md)."""
 
 _MOST = 50.0  # nats: one channel of no variance must not outweigh all others
 
@@ -70,12 +85,26 @@ def drift(seen: ChannelSums, remembered: BatchNorm) -> float:
 
     KL = (v / s + (m - mu)^2 / s - 1 - log(v / s)) / 2, v and s with the batch norm's own eps.
     """
+    return float(_divergences(seen.mean, seen, remembered).mean())
+
+
+def drift_by_signs(seen: ChannelSums, remembered: BatchNorm) -> float:
+    """Return how much of the drift goes when the signs of channels are changed, in nats, >= 0.
+
+    The mean over channels of KL((m, v) || remembered) - KL((-m, v) || remembered), where that is
+    positive: a channel's sign is changed where it helps.
+    """
+    as_it_is, turned = (_divergences(mean, seen, remembered) for mean in (seen.mean, -seen.mean))
+    return float((as_it_is - turned).clamp(min=0).mean())
+
+
+def _divergences(mean: Tensor, seen: ChannelSums, remembered: BatchNorm) -> Tensor:
+    """Return the divergence of each channel, (C,), with its variance and a mean given."""
     variance = seen.variance + remembered.eps
     expected = remembered.variance.double() + remembered.eps
-    shift = (seen.mean - remembered.mean.double()) ** 2 / expected
+    shift = (mean - remembered.mean.double()) ** 2 / expected
     ratio = variance / expected
-    divergence = 0.5 * (ratio + shift - 1 - ratio.log())
-    return float(divergence.clamp(max=_MOST).mean())
+    return (0.5 * (ratio + shift - 1 - ratio.log())).clamp(max=_MOST)
 
 
 def silent_channels(seen: ChannelSums, remembered: BatchNorm | None = None) -> float:
@@ -110,6 +139,27 @@ def onsets(drifts: Mapping[str, float], feeding: Mapping[str, Iterable[str]]) ->
         before = [drifts[other] for other in feeding[name] if not math.isnan(drifts[other])]
         found[name] = onset(value, max(before, default=0.0))
     return found
+
+
+def signs_onsets(
+    by_signs: Mapping[str, float],
+    drifts: Mapping[str, float],
+    feeding: Mapping[str, Iterable[str]],
+) -> dict[str, float]:
+    """Return the onsets of the drift that goes when signs are changed.
+
+    Zero where it is less than `BY_SIGNS` of the drift, and of layers that nothing feeds: the mean
+    of what a first layer gives turns with the brightness of the photographs, too.
+
+    Args:
+        by_signs: By layer, as `drift_by_signs` gives it.
+        drifts: By layer, as `drift` gives it, NaN where no batch norm follows.
+        feeding: By layer, the layers whose output reaches it.
+    """
+    return {
+        name: value if feeding[name] and by_signs[name] >= BY_SIGNS * drifts[name] else 0.0
+        for name, value in onsets(by_signs, feeding).items()
+    }
 
 
 def onset(drift: float, before: float = 0.0) -> float:

@@ -22,7 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audit.drift import ChannelSums, drift, onset, onsets, silent_channels
+from audit.drift import (
+    ChannelSums,
+    drift,
+    drift_by_signs,
+    onset,
+    onsets,
+    signs_onsets,
+    silent_channels,
+)
 from audit.image_gradients import Use, add_gradients, error_margins
 from audit.map_accuracy import energy_inside, pointing_hits
 from audit.map_scores import Objects
@@ -68,12 +76,17 @@ class LayerEvidence:
             from the images.
         drift_unexplained: Of a first layer that drifts, the drift that no change of the photographs
             explains, in nats (`audit.photo_changes`); NaN of others, and where it is not known.
+        drift_by_signs: How much of the drift goes when signs of its channels are changed, in nats;
+            NaN without batch norm.
+        signs_onset: How many times more that is than of anything that feeds it, as a logarithm; 0
+            where it is less than half of the drift and of first layers, NaN without batch norm.
         without_artefact: True where the drift is that of images without the artefact that failing
             images share.
         silent_channels: Share of its output channels that say the same whatever the image, and
             did not in training as far as a batch norm remembers; NaN without images.
-        norm_outlier: How far its weights' norm is above that of the other convolutions, in robust
-            standard deviations; NaN of linear layers and where there are too few to compare.
+        norm_outlier: How surely its weights' norm is above that of the other convolutions, as
+            -log10 of a p-value (`audit.weight_norms`), >= 0; NaN of linear layers and where there
+            are too few to compare.
     """
 
     layer: Layer
@@ -93,6 +106,8 @@ class LayerEvidence:
     drift_onset: float = math.nan
     first_in_line: bool = True
     drift_unexplained: float = math.nan
+    drift_by_signs: float = math.nan
+    signs_onset: float = math.nan
     without_artefact: bool = False
     silent_channels: float = math.nan
     norm_outlier: float = math.nan
@@ -214,15 +229,9 @@ def drift_over(
             if name not in outputs:
                 outputs[name] = ChannelSums.empty(channels.shape[1], channels.device)
             outputs[name].add(channels)
-    drifts, started, _ = _drifts(program, norms, outputs)
+    drifts, _ = _drifts(program, norms, outputs)
     return [
-        replace(
-            one,
-            drift=drifts.get(one.layer.name, math.nan),
-            drift_onset=started.get(one.layer.name, math.nan),
-            without_artefact=True,
-        )
-        for one in evidence
+        replace(one, **drifts.get(one.layer.name, {}), without_artefact=True) for one in evidence
     ]
 
 
@@ -234,11 +243,19 @@ def _norms(program: Program) -> dict[str, BatchNorm]:
 
 def _drifts(
     program: Program, norms: Mapping[str, BatchNorm], outputs: Mapping[str, ChannelSums]
-) -> tuple[dict[str, float], dict[str, float], dict[str, frozenset[str]]]:
-    """Return by layer with batch norm its drift, the onset of it, and which others feed it."""
-    drifts = {name: drift(outputs[name], norm) for name, norm in norms.items() if name in outputs}
-    feeding = {name: program.feeding(name) & drifts.keys() for name in drifts}
-    return drifts, onsets(drifts, feeding), feeding
+) -> tuple[dict[str, dict[str, Any]], dict[str, frozenset[str]]]:
+    """Return by layer with batch norm what is said of its drift, and which others feed it."""
+    seen = {name: (outputs[name], norm) for name, norm in norms.items() if name in outputs}
+    feeding = {name: program.feeding(name) & seen.keys() for name in seen}
+    drifts = {name: drift(*of) for name, of in seen.items()}
+    by_signs = {name: drift_by_signs(*of) for name, of in seen.items()}
+    columns = {
+        "drift": drifts,
+        "drift_onset": onsets(drifts, feeding),
+        "drift_by_signs": by_signs,
+        "signs_onset": signs_onsets(by_signs, drifts, feeding),
+    }
+    return {name: {key: of[name] for key, of in columns.items()} for name in seen}, feeding
 
 
 class Gathering:
@@ -325,7 +342,7 @@ class Gathering:
         if self._with_object:
             inside = {name: of / self._with_object for name, of in self._energies.items()}
         drops = _drops(inside, self._layers)
-        drifts, started, feeding = _drifts(self._program, self._norms, self._outputs)
+        drifts, feeding = _drifts(self._program, self._norms, self._outputs)
         silent = {
             name: silent_channels(outputs, self._norms.get(name))
             for name, outputs in self._outputs.items()
@@ -338,8 +355,7 @@ class Gathering:
                 energy_inside=inside.get(layer.name, math.nan),
                 pointing_game=_ratio(self._hits.get(layer.name, math.nan), self._with_object),
                 energy_drop=drops.get(layer.name, math.nan),
-                drift=drifts.get(layer.name, math.nan),
-                drift_onset=started.get(layer.name, math.nan),
+                **drifts.get(layer.name, {}),
                 first_in_line=not feeding.get(layer.name),
                 silent_channels=silent.get(layer.name, math.nan),
                 norm_outlier=norms.get(layer.name, math.nan),

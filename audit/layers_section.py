@@ -82,8 +82,8 @@ EVIDENCE = (
     Evidence(
         column="norm_outlier",
         heading="Weight norm",
-        explanation="How far the norm of the layer's weights is above that of the other "
-        "convolutions, in robust standard deviations.",
+        explanation="How surely the norm of the layer's weights is above that of the other "
+        "convolutions: -log10 of the p-value of Grubbs' test, 2 for one in a hundred.",
         format="decimals",
     ),
     Evidence(
@@ -152,6 +152,12 @@ EVIDENCE = (
         heading="Unexplained drift",
         explanation="Of a first layer that drifts: what no change of the images' size, contrast, "
         "brightness or color explains, in nats.",
+    ),
+    Evidence(
+        column="bn_drift_by_signs",
+        heading="Drift by signs",
+        explanation="How much of the drift goes when signs of the layer's channels are changed, in "
+        "nats: they were where that is most of it.",
     ),
     Evidence(
         column="map_auroc",

@@ -105,7 +105,7 @@ ADDED_LATER = frozenset(
         *("energy_inside", "pointing_game", "energy_drop"),
         *("trial_steps", "blame", "channel_gain", "channel_gain_low", "channel_gain_high"),
         *("silent_channels", "norm_outlier", "moves_gain", "moves_gain_low", "moves_gain_high"),
-        "bn_drift_unexplained",
+        *("bn_drift_unexplained", "bn_drift_by_signs"),
     }
 )
 RUN_LAYERS = {
@@ -132,6 +132,7 @@ RUN_LAYERS = {
     "bn_drift": _REAL,
     "bn_drift_onset": _REAL,
     "bn_drift_unexplained": _REAL,
+    "bn_drift_by_signs": _REAL,
     "silent_channels": _REAL,
     "norm_outlier": _REAL,
     "blame": _REAL,

@@ -95,6 +95,7 @@ def layer_rows(
             "bn_drift": scores.drift,
             "bn_drift_onset": scores.drift_onset,
             "bn_drift_unexplained": scores.drift_unexplained,
+            "bn_drift_by_signs": scores.drift_by_signs,
             "silent_channels": scores.silent_channels,
             "norm_outlier": scores.norm_outlier,
             "blame": blame.get(layer.name),

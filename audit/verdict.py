@@ -23,6 +23,7 @@ from audit.trials import TrialRepair, ranking
 __all__ = [
     "FLAG_THRESHOLD",
     "ONSET_THRESHOLD",
+    "SIGNS_THRESHOLD",
     "Verdict",
     "drift_origin",
     "judge",
@@ -31,8 +32,8 @@ __all__ = [
 FLAG_THRESHOLD = 0.10
 """Share of the held-out error that the best trial must remove before anything is flagged: with the
 lower end of its interval, or with its value where something else says that the network is at fault:
-drift, silent channels, or an artefact that failing images share. Trials on healthy networks stay
-below it (ARCHITECTURE.md)."""
+drift, changed signs, silent channels, or an artefact that failing images share. Trials on healthy
+networks stay below it (ARCHITECTURE.md)."""
 
 SILENT_THRESHOLD = 0.2
 """Share of a layer's channels that must be silent to say that the layer was changed. Training
@@ -48,6 +49,10 @@ ONSET_THRESHOLD = 1.25
 """Onset of drift, a logarithm, from which a layer is where drift sets in: 3.5-fold. Layers
 of healthy networks stay below it, but for the first ones, which drift when the images do
 (ARCHITECTURE.md)."""
+
+SIGNS_THRESHOLD = 0.5
+"""Onset of the drift that changed signs explain from which they say that a layer was changed: where
+signs were changed .78 and more, where none were 0 (ARCHITECTURE.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +206,10 @@ def _other_signs(
     if silent:
         most = max(silent, key=lambda one: one.silent_channels)
         signs.append(f"the silent channels of `{most.layer.name}`")
+    turned = [one for one in evidence if one.signs_onset >= SIGNS_THRESHOLD]  # NaN is not
+    if turned:
+        most = max(turned, key=lambda one: one.signs_onset)
+        signs.append(f"the changed signs of `{most.layer.name}`")
     if artefacts:
         signs.append("the artefact that failing images share")
     return signs
@@ -226,6 +235,13 @@ def _blame(
     numbers["blame_level"] = BLAME_LEVEL
     numbers["blame"] = [{"layer": name, "share": shares[name]} for name in layers]
     reasons = [_drift_reason(origin, plain)] if origin is not None and is_origin else []
+    reasons += [
+        f"To change signs of channels of `{first}` would take back {one.drift_by_signs:.2f} of the "
+        f"{one.drift:.2f} nats a channel by which its outputs have left what its batch norm "
+        "remembers: weights have the wrong sign."
+        for one in evidence
+        if one.layer.name == first and one.signs_onset >= SIGNS_THRESHOLD
+    ]
     reasons += _trial_reasons(ranked, first)
     reasons += _channel_reasons(first, channel_trials)
     reasons += _move_reasons(first, moves, numbers)

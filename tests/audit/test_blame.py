@@ -45,6 +45,16 @@ def test_an_onset_counts_up_to_a_limit_and_not_at_all_in_the_first_layers() -> N
     assert shares_of_blame(first, (), ()) == pytest.approx({"a": 0.5, "b": 0.5})
 
 
+@pytest.mark.parametrize(
+    ("onset", "counted"), [(NAN, 0.0), (-0.5, 0.0), (0.0, 0.0), (0.6, 0.6), (2.5, 1.0)]
+)
+def test_the_onset_of_changed_signs_counts_up_to_a_limit(onset: float, counted: float) -> None:
+    turned = dataclasses.replace(evidence("a", 0.0), signs_onset=onset)
+    share = shares_of_blame([turned, evidence("b", 0.0)], (), ())["a"]
+    odds = math.exp(WITH_MEMORY["signs"] * counted)
+    assert share == pytest.approx(odds / (1 + odds))
+
+
 @pytest.mark.parametrize(("unexplained", "counted"), [(NAN, 0), (0.03, 0), (0.04, 0.847), (9, 3)])
 def test_of_first_layers_what_no_change_of_photographs_explains_counts_where_it_is_much(
     unexplained: float, counted: float
@@ -138,10 +148,10 @@ def test_without_memory_a_norm_counts_beyond_what_is_usual() -> None:
         scores = [dataclasses.replace(evidence("a"), norm_outlier=outlier), evidence("b")]
         return shares_of_blame(scores, (), ())["a"]
 
-    assert share(NAN) == share(-9.0) == share(4.0) == 0.5
+    assert share(NAN) == share(0.0) == 0.5
     odds = math.exp(WITHOUT_MEMORY["norm"] / 2)
-    assert share(6.0) == pytest.approx(odds / (odds + 1))
-    assert share(8.0) == share(20.0) > share(6.0)
+    assert share(1.0) == pytest.approx(odds / (odds + 1))
+    assert share(2.0) == share(20.0) > share(1.0)
 
 
 def test_layers_are_promising_by_evidence_and_then_by_their_gradients() -> None:

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from audit.drift import ONSET_FLOOR, ChannelSums, drift, onsets, silent_channels
+from audit.drift import (
+    ONSET_FLOOR,
+    ChannelSums,
+    drift,
+    drift_by_signs,
+    onsets,
+    signs_onsets,
+    silent_channels,
+)
 from audit.evidence import gather_evidence
 from audit.networks.program import BatchNorm, Program
-from audit.verdict import ONSET_THRESHOLD, drift_origin
+from audit.verdict import ONSET_THRESHOLD, SIGNS_THRESHOLD, drift_origin
 from tests.audit.example_networks import SIZE, network
 
 
@@ -42,6 +50,32 @@ def test_drift_equals_the_divergence_of_torch_distributions() -> None:
     ).mean()
     found = drift(sums, BatchNorm(mean=mean, variance=variance, eps=eps))
     assert found == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_drift_by_signs_is_what_the_better_sign_of_each_channel_saves() -> None:
+    sums = ChannelSums.empty(4, torch.device("cpu"))
+    sums.add(outputs())
+    mean, variance = torch.tensor([-7.0, 6.0, -0.5, 9.0]), torch.tensor([4.0, 1.0, 9.0, 4.0])
+    remembered = Normal(mean.double(), variance.double().sqrt())
+    means, deviations = outputs().mean((0, 2, 3)), outputs().var((0, 2, 3), correction=0).sqrt()
+    one, other = (kl_divergence(Normal(of, deviations), remembered) for of in (means, -means))
+    assert (one - torch.minimum(one, other) > 0).tolist() == [True, False, True, False]
+    found = drift_by_signs(sums, BatchNorm(mean=mean, variance=variance, eps=0.0))
+    assert found == pytest.approx(float((one - torch.minimum(one, other)).mean()), rel=1e-9)
+
+
+def test_onsets_of_signs_count_where_they_are_most_of_a_drift_that_has_not_come_from_before() -> (
+    None
+):
+    feeding = {"stem": set(), "turned": {"stem"}, "noisy": {"stem"}, "end": {"stem", "turned"}}
+    drifts = {"stem": 0.5, "turned": 0.4, "noisy": 0.4, "end": 0.3}
+    by_signs = {"stem": 0.4, "turned": 0.83, "noisy": 0.19, "end": 0.25}
+    assert signs_onsets(by_signs, drifts, feeding) == {
+        "stem": 0.0,  # the photographs may have turned its means
+        "turned": pytest.approx(math.log((0.83 + ONSET_FLOOR) / (0.4 + ONSET_FLOOR))),
+        "noisy": 0.0,
+        "end": pytest.approx(math.log((0.25 + ONSET_FLOOR) / (0.83 + ONSET_FLOOR))),
+    }
 
 
 def test_a_dead_channel_has_a_finite_drift() -> None:
@@ -157,6 +191,26 @@ def test_drift_sets_in_where_a_layer_was_changed(depth: int) -> None:
             assert full.drift_onset > ONSET_THRESHOLD
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("damage", ["signs", "noise", "none"])
+def test_signs_that_were_changed_are_told_from_other_damage(depth: int, damage: str) -> None:
+    module, images, labels = chain()
+    healthy = Program.capture(module, (12, 12))
+    name = str(3 * depth)
+    changed = {f"{name}.{of}": healthy.state[f"{name}.{of}"].clone() for of in ("weight", "bias")}
+    if damage == "signs":
+        for value in changed.values():
+            value[:3] = -value[:3]
+    elif damage == "noise":
+        weight = changed[f"{name}.weight"]
+        draw = torch.Generator().manual_seed(depth)
+        weight += 2 * weight.std() * torch.randn(weight.shape, generator=draw)
+    faulty = healthy.with_state(changed)
+    found = gather_evidence(faulty, [(images, labels)], list(faulty.layers), seed=0)
+    told = {one.layer.name for one in found if one.signs_onset >= SIGNS_THRESHOLD}
+    assert told == ({name} if damage == "signs" else set())
+
+
 def test_images_unlike_those_of_training_blame_no_layer() -> None:
     module, images, labels = chain()
     program = Program.capture(module, (12, 12))
@@ -165,6 +219,7 @@ def test_images_unlike_those_of_training_blame_no_layer() -> None:
     assert evidence[0].first_in_line
     assert evidence[0].drift_onset > ONSET_THRESHOLD  # the images' own doing
     assert drift_origin(evidence) is None
+    assert not any(one.signs_onset >= SIGNS_THRESHOLD for one in evidence)
 
 
 def test_without_batch_norm_there_is_no_drift() -> None:
@@ -178,4 +233,5 @@ def test_without_batch_norm_there_is_no_drift() -> None:
         seed=0,
     )
     assert all(math.isnan(x.drift) and math.isnan(x.drift_onset) for x in evidence)
+    assert all(math.isnan(x.drift_by_signs) and math.isnan(x.signs_onset) for x in evidence)
     assert drift_origin(evidence) is None

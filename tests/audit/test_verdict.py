@@ -16,7 +16,14 @@ from audit.moves import ChannelMove, Move
 from audit.networks.layers import Layer
 from audit.statistics import Interval
 from audit.trials import TrialRepair, error_share_removed
-from audit.verdict import BLAME_LEVEL, FLAG_THRESHOLD, ONSET_THRESHOLD, Verdict, judge
+from audit.verdict import (
+    BLAME_LEVEL,
+    FLAG_THRESHOLD,
+    ONSET_THRESHOLD,
+    SIGNS_THRESHOLD,
+    Verdict,
+    judge,
+)
 
 N = 100
 BEFORE = np.random.default_rng(5).gamma(2.0, 1.0, N)
@@ -225,6 +232,20 @@ def test_drift_of_the_first_layer_that_no_change_of_photographs_explains_is_its_
     assert verdict_on([little, *QUIET[1:]]) == verdict_on(without)
 
 
+@pytest.mark.parametrize(("above", "told"), [(0.01, True), (-0.01, False)])
+def test_changed_signs_are_told_of_the_layer_that_is_blamed(above: float, told: bool) -> None:
+    turned = dataclasses.replace(
+        QUIET[0], drift=0.1, drift_by_signs=0.08, signs_onset=SIGNS_THRESHOLD + above
+    )
+    found = verdict_on([turned, *QUIET[1:]], [removing("a", 0.2)])
+    assert found.layers[0] == "a"
+    sentence = (
+        "To change signs of channels of `a` would take back 0.08 of the 0.10 nats a channel by "
+        "which its outputs have left what its batch norm remembers: weights have the wrong sign."
+    )
+    assert (sentence in found.reasons) is told
+
+
 @pytest.mark.parametrize(("above", "named"), [(0.01, True), (-0.01, False)])
 def test_the_threshold_of_the_onset_is_where_it_says(above: float, named: bool) -> None:
     scores = [evidence("a", ONSET_THRESHOLD + above), evidence("b", 0.0), evidence("c", 0.0)]
@@ -276,20 +297,24 @@ def test_a_gain_of_next_to_nothing_is_not_called_minus_zero() -> None:
     assert "removes 0 % [0, 0]" in reason
 
 
-@pytest.mark.parametrize("sign", ["drift", "silence", "silence as trained", "artefact", None])
+@pytest.mark.parametrize(
+    "sign", ["drift", "signs", "silence", "silence as trained", "artefact", None]
+)
 def test_a_gain_that_is_not_settled_flags_where_something_else_says_so(sign: str | None) -> None:
     after = BEFORE * (1.05 + np.random.default_rng(2).normal(0, 1.8, N))
     unsettled = trial("a", after)
     assert unsettled.gain.value > FLAG_THRESHOLD > unsettled.gain.low
     scores = SET_IN if sign == "drift" else QUIET
     silent = {"silence": 0.2, "silence as trained": 0.125}.get(sign or "", 0.0)
-    scores = [dataclasses.replace(scores[0], silent_channels=silent), *scores[1:]]
+    changed = {"silent_channels": silent, "signs_onset": 0.6 if sign == "signs" else 0.4}
+    scores = [dataclasses.replace(scores[0], **changed), *scores[1:]]
     shared = 2 if sign == "artefact" else 0
     found = verdict_on(scores, [unsettled, removing("b", 0.0)], artefacts=shared)
-    assert (found.verdict != "none") is (sign in ("drift", "silence", "artefact"))
+    assert (found.verdict != "none") is (sign in ("drift", "signs", "silence", "artefact"))
     assert found.numbers["artefacts"] == shared
     said = {
         "drift": "the drift of `a`",
+        "signs": "the changed signs of `a`",
         "silence": "the silent channels of `a`",
         "artefact": "the artefact that failing images share",
     }
