@@ -27,6 +27,7 @@ from audit.networks.program import BatchNorm
 
 __all__ = [
     "ChannelSums",
+    "divergences",
     "drift",
     "drift_by_signs",
     "onset",
@@ -85,7 +86,7 @@ def drift(seen: ChannelSums, remembered: BatchNorm) -> float:
 
     KL = (v / s + (m - mu)^2 / s - 1 - log(v / s)) / 2, v and s with the batch norm's own eps.
     """
-    return float(_divergences(seen.mean, seen, remembered).mean())
+    return float(divergences(seen.mean, seen, remembered).mean())
 
 
 def drift_by_signs(seen: ChannelSums, remembered: BatchNorm) -> float:
@@ -94,11 +95,11 @@ def drift_by_signs(seen: ChannelSums, remembered: BatchNorm) -> float:
     The mean over channels of KL((m, v) || remembered) - KL((-m, v) || remembered), where that is
     positive: a channel's sign is changed where it helps.
     """
-    as_it_is, turned = (_divergences(mean, seen, remembered) for mean in (seen.mean, -seen.mean))
+    as_it_is, turned = (divergences(mean, seen, remembered) for mean in (seen.mean, -seen.mean))
     return float((as_it_is - turned).clamp(min=0).mean())
 
 
-def _divergences(mean: Tensor, seen: ChannelSums, remembered: BatchNorm) -> Tensor:
+def divergences(mean: Tensor, seen: ChannelSums, remembered: BatchNorm) -> Tensor:
     """Return the divergence of each channel, (C,), with its variance and a mean given."""
     variance = seen.variance + remembered.eps
     expected = remembered.variance.double() + remembered.eps

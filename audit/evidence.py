@@ -80,6 +80,8 @@ class LayerEvidence:
             NaN without batch norm.
         signs_onset: How many times more that is than of anything that feeds it, as a logarithm; 0
             where it is less than half of the drift and of first layers, NaN without batch norm.
+        signs_seen_in: The depthwise convolution behind it of whose drift the two before are
+            (`audit.signs_behind`); empty where they are of its own.
         without_artefact: True where the drift is that of images without the artefact that failing
             images share.
         silent_channels: Share of its output channels that say the same whatever the image, and
@@ -108,6 +110,7 @@ class LayerEvidence:
     drift_unexplained: float = math.nan
     drift_by_signs: float = math.nan
     signs_onset: float = math.nan
+    signs_seen_in: str = ""
     without_artefact: bool = False
     silent_channels: float = math.nan
     norm_outlier: float = math.nan

@@ -5,7 +5,8 @@ from the first layers on, and hides the layer that learned to obey it. That laye
 else on images without the mark, too: there it alone has left, and nothing that feeds it. So once
 the scan has found the pixels that failing images share (`audit.artefacts`), drift is looked at
 again on images that do not carry them. Of first layers that drift still, it is asked what other
-photographs would explain (`audit.photo_changes`).
+photographs would explain (`audit.photo_changes`), of depthwise convolutions what changed signs in
+the layer before them would (`audit.signs_behind`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from audit.artefacts import Artefact
 from audit.evidence import LayerEvidence, drift_over
 from audit.networks.program import Program
 from audit.photo_changes import unexplained_drift
+from audit.signs_behind import depthwise_behind, signs_behind
 
 __all__ = ["FEWEST", "drift_without_artefacts", "plain_pixels"]
 
 MOST, FEWEST = 256, 64
 """Images without an artefact: no more are looked at, and with fewer nothing is said."""
 
-CHANGED = 96  # images that first layers are shown at other sizes
+CHANGED = 96  # images that first layers are shown at other sizes, or other signs
 
 WORTH_A_LOOK = 0.4
 """Onset of drift from which first layers are: less of it can say nothing (`audit.blame`)."""
@@ -50,7 +52,8 @@ def drift_without_artefacts(
     """Return the evidence with the drift of images that carry no artefact, and how many those are.
 
     Where no artefact is known, or too few images are without one, it is that of all images, as it
-    was, and None. First layers have what no change of the photographs explains of it as well.
+    was, and None. First layers have what no change of the photographs explains of it as well, and
+    layers before a depthwise convolution what changed signs explain of the drift behind them.
 
     Args:
         normalize: Makes of pixels what the network takes.
@@ -69,29 +72,35 @@ def drift_without_artefacts(
         if count < FEWEST:
             return found, None
         found, plain = drift_over(evidence, program, map(normalize, batches)), iter(batches)
-    return _with_unexplained(found, program, normalize, plain), count
+    return _explained(found, program, normalize, plain), count
 
 
-def _with_unexplained(
+def _explained(
     evidence: list[LayerEvidence],
     program: Program,
     normalize: Callable[[Tensor], Tensor],
     plain: Iterator[Tensor],
 ) -> list[LayerEvidence]:
     """Return the evidence, of first layers that drift with what no change of the photographs
-    explains."""
+    explains, of those before a depthwise convolution that drifts with what changed signs do."""
     first = [
         one.layer.name
         for one in evidence
         if one.first_in_line and one.drift_onset >= WORTH_A_LOOK  # NaN is not
     ]
+    behind = depthwise_behind(evidence, program)
     chosen: list[Tensor] = []
-    while first and sum(map(len, chosen)) < CHANGED and (pixels := next(plain, None)) is not None:
+    while (
+        (first or behind)
+        and sum(map(len, chosen)) < CHANGED
+        and (pixels := next(plain, None)) is not None
+    ):
         chosen.append(pixels)
     if sum(map(len, chosen)) < FEWEST:
         return evidence
-    found = unexplained_drift(program, map(normalize, chosen), first)
-    return [replace(one, drift_unexplained=found.get(one.layer.name, math.nan)) for one in evidence]
+    left = unexplained_drift(program, map(normalize, chosen), first)
+    found = [replace(one, drift_unexplained=left.get(one.layer.name, math.nan)) for one in evidence]
+    return signs_behind(found, program, map(normalize, chosen), behind)
 
 
 def plain_pixels(

@@ -235,13 +235,7 @@ def _blame(
     numbers["blame_level"] = BLAME_LEVEL
     numbers["blame"] = [{"layer": name, "share": shares[name]} for name in layers]
     reasons = [_drift_reason(origin, plain)] if origin is not None and is_origin else []
-    reasons += [
-        f"To change signs of channels of `{first}` would take back {one.drift_by_signs:.2f} of the "
-        f"{one.drift:.2f} nats a channel by which its outputs have left what its batch norm "
-        "remembers: weights have the wrong sign."
-        for one in evidence
-        if one.layer.name == first and one.signs_onset >= SIGNS_THRESHOLD
-    ]
+    reasons += _signs_reasons(evidence, first)
     reasons += _trial_reasons(ranked, first)
     reasons += _channel_reasons(first, channel_trials)
     reasons += _move_reasons(first, moves, numbers)
@@ -314,6 +308,21 @@ def _drift_reason(origin: LayerEvidence, plain: int | None) -> str:
         f"{left}, {times:.1f} times as far as those of anything that feeds it: it was damaged, or "
         "retrained alone."
     )
+
+
+def _signs_reasons(evidence: Sequence[LayerEvidence], layer: str) -> list[str]:
+    """Say that signs were changed, and in which batch norm's memory that shows."""
+    scores = {one.layer.name: one for one in evidence}
+    turned = scores[layer]
+    if not turned.signs_onset >= SIGNS_THRESHOLD:  # NaN is not
+        return []
+    seen_in = turned.signs_seen_in or layer
+    outputs = f"the outputs of `{seen_in}` behind it" if turned.signs_seen_in else "its outputs"
+    return [
+        f"To change signs of channels of `{layer}` would take back {turned.drift_by_signs:.2f} of "
+        f"the {scores[seen_in].drift:.2f} nats a channel by which {outputs} have left what batch "
+        "norm remembers: weights have the wrong sign."
+    ]
 
 
 def _channel_reasons(layer: str, channel_trials: Sequence[TrialRepair]) -> list[str]:

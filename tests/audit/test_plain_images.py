@@ -29,6 +29,7 @@ SIDE = 16
 BADGE = np.s_[10:15, 10:15]
 CONVOLUTIONS = 4
 PLANTED = "conv3"
+DRIFT = ("drift", "drift_onset", "drift_by_signs", "signs_onset")
 
 
 def pictures(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +133,7 @@ def test_drift_over_other_images_is_what_a_gathering_of_these_finds(faulty: Prog
     found = drift_over(first, faulty, plain.split(40))
     for one, before, other in zip(found, first, expected, strict=True):
         for name, value in vars(one).items():
-            source = other if name in ("drift", "drift_onset") else before
+            source = other if name in DRIFT else before
             told = True if name == "without_artefact" else getattr(source, name)
             if isinstance(value, float):
                 assert value == pytest.approx(told, rel=1e-5, abs=1e-7, nan_ok=True), name

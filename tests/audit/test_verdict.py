@@ -241,7 +241,13 @@ def test_changed_signs_are_told_of_the_layer_that_is_blamed(above: float, told: 
     assert found.layers[0] == "a"
     sentence = (
         "To change signs of channels of `a` would take back 0.08 of the 0.10 nats a channel by "
-        "which its outputs have left what its batch norm remembers: weights have the wrong sign."
+        "which its outputs have left what batch norm remembers: weights have the wrong sign."
+    )
+    assert (sentence in found.reasons) is told
+    behind = dataclasses.replace(turned, signs_seen_in="b")
+    found = verdict_on([behind, *QUIET[1:]], [removing("a", 0.2)])
+    sentence = sentence.replace("0.10", "0.50").replace(
+        "its outputs", "the outputs of `b` behind it"
     )
     assert (sentence in found.reasons) is told
 
