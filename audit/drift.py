@@ -44,7 +44,7 @@ SILENCE = 1e-3
 
 BY_SIGNS = 0.5
 """Share of a layer's drift that changed signs must explain: where some were changed .58 and more,
-where none were .4 at most, whatever the images (ARCHITECTURE.md)."""
+in layers as they were trained .4 at most, whatever the images (ARCHITECTURE.md)."""
 
 _MOST = 50.0  # nats: one channel of no variance must not outweigh all others
 
