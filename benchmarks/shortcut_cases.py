@@ -63,9 +63,8 @@ KINDS = (*MARKS, "background")
 SIDE = small_networks.SIZE
 SIDES = {"efficientnet": faults.EFFICIENTNET_SIZE}  # of pictures; `SIDE` for the others
 EPOCHS = {"efficientnet": 3}  # on pictures; 12 for the others
-# Of what a layer is taught, in units of its weights' root mean square; 0.02 for the others. With
-# that the light cost EfficientNet-Lite0 2 points in either layer, which knows these objects well
-# (3 and 7 with 0.06).
+# Adam's, to teach a layer the light, in units of its weights' root mean square; 0.02 for the
+# others. With that the light cost EfficientNet-Lite0's layers 2 and 3 points, with 0.06 about 5.
 STEP_SIZES = {"efficientnet": 0.2}
 GROUPS = (("animals",), ("vehicles", "household"))
 BACKGROUND_LAYERS = {
