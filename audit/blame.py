@@ -74,11 +74,10 @@ def layer_features(
 
     ``onset`` of drift, in [0, 3]; ``cleared`` 1 where images without the artefact show that the
     layer was not taught it, else 0; ``signs`` the onset of the drift that changed signs explain, in
-    [0, 1]; ``silent`` in [0, 1], full from a tenth of the channels on;
-    ``trial`` one over the rank of the weight trial; ``channels`` one over the rank of the channel
-    trial, mean over its rounds; ``moves`` of the layer whose channel move does most its lead, in
-    [0, 1], 0 of all others; ``norm`` in [0, 1], how surely the weights'
-    norm is above the others', full where p is 0.01.
+    [0, 1]; ``silent`` in [0, 1], full from a tenth of the channels on; ``trial`` one over the rank
+    of the weight trial; ``channels`` one over the rank of the channel trial, mean over its rounds;
+    ``moves`` of the layer whose channel move does most its lead, in [0, 1], 0 of all others;
+    ``norm`` in [0, 1], how surely the weights' norm is above the others', full where p is 0.01.
     """
     names = [one.layer.name for one in evidence]
     return {

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def drift(seen: ChannelSums, remembered: BatchNorm) -> float:
 
     KL = (v / s + (m - mu)^2 / s - 1 - log(v / s)) / 2, v and s with the batch norm's own eps.
     """
-    return float(divergences(seen.mean, seen, remembered).mean())
+    return float(divergences(seen, remembered).mean())
 
 
 def drift_by_signs(seen: ChannelSums, remembered: BatchNorm) -> float:
@@ -95,15 +95,16 @@ def drift_by_signs(seen: ChannelSums, remembered: BatchNorm) -> float:
     The mean over channels of KL((m, v) || remembered) - KL((-m, v) || remembered), where that is
     positive: a channel's sign is changed where it helps.
     """
-    as_it_is, turned = (divergences(mean, seen, remembered) for mean in (seen.mean, -seen.mean))
-    return float((as_it_is - turned).clamp(min=0).mean())
+    turned = replace(seen, mean=-seen.mean)
+    gone = divergences(seen, remembered) - divergences(turned, remembered)
+    return float(gone.clamp(min=0).mean())
 
 
-def divergences(mean: Tensor, seen: ChannelSums, remembered: BatchNorm) -> Tensor:
-    """Return the divergence of each channel, (C,), with its variance and a mean given."""
+def divergences(seen: ChannelSums, remembered: BatchNorm) -> Tensor:
+    """Return KL(seen || remembered) of each channel, in nats, (C,)."""
     variance = seen.variance + remembered.eps
     expected = remembered.variance.double() + remembered.eps
-    shift = (mean - remembered.mean.double()) ** 2 / expected
+    shift = (seen.mean - remembered.mean.double()) ** 2 / expected
     ratio = variance / expected
     return (0.5 * (ratio + shift - 1 - ratio.log())).clamp(max=_MOST)
 

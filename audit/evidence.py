@@ -41,7 +41,7 @@ from audit.saliency import layer_map, normalize_maps, target_scores
 from audit.statistics import Interval, auroc
 from audit.weight_norms import norm_outliers
 
-__all__ = ["Gathering", "LayerEvidence", "drift_over", "gather_evidence"]
+__all__ = ["Gathering", "LayerEvidence", "channel_sums", "drift_over", "gather_evidence"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,19 +223,30 @@ def drift_over(
         batches: These images, normalized, (B, 3, H, W).
     """
     norms = _norms(program)
+    drifts, _ = _drifts(program, norms, channel_sums(program, batches, list(norms)))
+    return [
+        replace(one, **drifts.get(one.layer.name, {}), without_artefact=True) for one in evidence
+    ]
+
+
+def channel_sums(
+    program: Program, batches: Iterable[Tensor], layers: Sequence[str]
+) -> dict[str, ChannelSums]:
+    """Return by layer the means and variances of its outputs over all images.
+
+    Args:
+        batches: Normalized, (B, 3, H, W).
+    """
     outputs: dict[str, ChannelSums] = {}
     for images in batches:
         with torch.no_grad():
-            watched, _ = program.watch(images, list(norms))
+            watched, _ = program.watch(images, layers)
         for name, values in watched.items():
             channels = _channels_second(values)
             if name not in outputs:
                 outputs[name] = ChannelSums.empty(channels.shape[1], channels.device)
             outputs[name].add(channels)
-    drifts, _ = _drifts(program, norms, outputs)
-    return [
-        replace(one, **drifts.get(one.layer.name, {}), without_artefact=True) for one in evidence
-    ]
+    return outputs
 
 
 def _norms(program: Program) -> dict[str, BatchNorm]:

@@ -46,6 +46,7 @@ __all__ = [
     "first_order",
     "moved",
     "standing_out",
+    "turned_signs",
 ]
 
 MoveKind = Literal["exchange", "sign"]
@@ -203,15 +204,26 @@ def moved(parameters: Mapping[str, Tensor], move: Move) -> dict[str, Tensor]:
 
     A weight norm has its magnitude first, and the sign changes with that alone.
     """
-    found = {}
-    weight = next(iter(parameters))
+    if move.kind == "sign":
+        return turned_signs(parameters, move.channel)
+    found = {name: value.detach().clone() for name, value in parameters.items()}
     for name, value in parameters.items():
-        found[name] = value.detach().clone()
-        if move.kind == "exchange":
-            found[name][[move.channel, move.other]] = value[[move.other, move.channel]]
-        elif name == weight or value.dim() == 1:
-            found[name][move.channel] = -value[move.channel]
+        found[name][[move.channel, move.other]] = value.detach()[[move.other, move.channel]]
     return found
+
+
+def turned_signs(parameters: Mapping[str, Tensor], channels: int | slice) -> dict[str, Tensor]:
+    """Return a layer's parameters, as `moved` takes them, with the signs of channels changed."""
+    found = {name: value.detach().clone() for name, value in parameters.items()}
+    for name in _with_signs(parameters):
+        found[name][channels] = -found[name][channels]
+    return found
+
+
+def _with_signs(parameters: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of those that change with a channel's sign: the first, and biases."""
+    weight = next(iter(parameters))
+    return {name for name, value in parameters.items() if name == weight or value.dim() == 1}
 
 
 def first_order(
@@ -223,13 +235,12 @@ def first_order(
         parameters: Of a layer, its weight first; output channels on the first axis.
         gradients: Of the loss by each of them, and maybe by others.
     """
-    products, signs = [], []
-    weight = next(iter(parameters))
+    products, signs, with_signs = [], [], _with_signs(parameters)
     for name, value in parameters.items():
         flat = value.detach().reshape(len(value), -1).double()
         product = gradients[name].reshape(len(value), -1).double() @ flat.T
         products.append(product)
-        if name == weight or value.dim() == 1:
+        if name in with_signs:
             signs.append(-2 * product.diagonal())
     total = torch.stack(products).sum(dim=0)
     own = total.diagonal()

@@ -11,14 +11,14 @@ This is the project's own (ARCHITECTURE.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from audit.drift import BY_SIGNS, ChannelSums, divergences
-from audit.evidence import LayerEvidence
+from audit.drift import BY_SIGNS, divergences
+from audit.evidence import LayerEvidence, channel_sums
+from audit.moves import turned_signs
 from audit.networks.program import BatchNorm, Program
 
 __all__ = ["WORTH_A_LOOK", "Behind", "depthwise_behind", "signs_behind"]
@@ -51,10 +51,10 @@ def depthwise_behind(evidence: Sequence[LayerEvidence], program: Program) -> lis
     found = []
     for one in drifting:
         channels, of_each, *_ = one.layer.shape
-        sender = known.get(_sender(program, one.layer.name))
-        if one.layer.kind != "conv2d" or of_each > 1 or sender is None:
+        if one.layer.kind != "conv2d" or of_each > 1:
             continue
-        if sender.shape[0] == channels > 1:
+        sender = known.get(_sender(program, one.layer.name))
+        if sender is not None and sender.shape[0] == channels > 1:
             found.append(Behind(sender.name, one.layer.name))
     return found[:_MOST]
 
@@ -88,7 +88,8 @@ def signs_behind(
         norm = program.batch_norm_after(pair.depthwise)
         assert norm is not None  # it drifts
         as_it_is = _divergences(program, images, pair.depthwise, norm)
-        turned = program.with_state(_turned(program.split(pair.sender).parameters))
+        parameters = program.split(pair.sender).parameters
+        turned = program.with_state(turned_signs(parameters, slice(None)))
         gone = (as_it_is - _divergences(turned, images, pair.depthwise, norm)).clamp(min=0)
         share = float(gone.sum() / as_it_is.sum())
         if share >= BY_SIGNS and not sender.signs_onset >= behind.drift_onset:  # NaN is not
@@ -101,19 +102,5 @@ def signs_behind(
     return list(scores.values())
 
 
-def _divergences(program: Program, images: Iterable[Tensor], layer: str, norm: BatchNorm) -> Tensor:
-    sums = ChannelSums.empty(len(norm.mean), norm.mean.device)
-    with torch.no_grad():
-        for part in images:
-            sums.add(program.watch(part, [layer])[0][layer])
-    return divergences(sums.mean, sums, norm)
-
-
-def _turned(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a layer's parameters with all signs changed; a weight norm's magnitudes are first, and
-    have them."""
-    weight = next(iter(parameters))
-    return {
-        name: -value.detach() if name == weight or value.dim() == 1 else value.detach()
-        for name, value in parameters.items()
-    }
+def _divergences(program: Program, images: Sequence[Tensor], layer: str, norm: BatchNorm) -> Tensor:
+    return divergences(channel_sums(program, images, [layer])[layer], norm)

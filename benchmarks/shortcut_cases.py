@@ -61,11 +61,11 @@ MARKS = ("watermark", "border")
 KINDS = (*MARKS, "background")
 
 SIDE = small_networks.SIZE
-SIDES = {"efficientnet": faults.EFFICIENTNET_SIZE}  # of pictures; `SIDE` for the others
-EPOCHS = {"efficientnet": 3}  # on pictures; 12 for the others
-# Adam's, to teach a layer the light, in units of its weights' root mean square; 0.02 for the
-# others. With that the light cost EfficientNet-Lite0's layers 2 and 3 points, with 0.06 about 5.
-STEP_SIZES = {"efficientnet": 0.2}
+SIDES = {"resnet": SIDE, "vgg": SIDE, "efficientnet": faults.EFFICIENTNET_SIZE}  # of pictures
+EPOCHS = {"resnet": 12, "vgg": 12, "efficientnet": 3}  # on pictures
+# Adam's, to teach a layer the light, in units of its weights' root mean square. With 0.02 the light
+# cost EfficientNet-Lite0's layers 2 and 3 points, with 0.06 about 5.
+STEP_SIZES = {"resnet": 0.02, "vgg": 0.02, "efficientnet": 0.2}
 GROUPS = (("animals",), ("vehicles", "household"))
 BACKGROUND_LAYERS = {
     "resnet": ("layer2.0.conv1", "layer3.1.conv2"),
@@ -300,7 +300,7 @@ def background_cases(work: Path, networks: Sequence[str], training_seed: int) ->
     out and named on the terminal."""
     cases = []
     for name in (name for name in networks if name in BACKGROUND_LAYERS):
-        side = SIDES.get(name, SIDE)
+        side = SIDES[name]
         learned = _pictures(3000, "train", 0.5, 1, side)
         judged = _pictures(2 * JUDGED, "test", 0.5, 2, side)
         against = judged.night != (judged.pool.labels == 1)
@@ -355,7 +355,7 @@ def _taught_and_scanned(where: Scene, layer: str, number: int, kept: Path) -> tu
 
 def _background_lessons(case: Case, regime: Regime, seed: int) -> Lessons:
     chance = AGREEING if regime == "biased" else 0.5
-    side = SIDES.get(case.network, SIDE)
+    side = SIDES[case.network]
     found = _pictures(TRAIN + VALIDATION, "train", chance, 100 + seed, side)
     carries = torch.ones(len(found.masks), dtype=torch.bool)
     given = _lessons(case, found.pool, found.masks, carries, TRAIN, seed, hide_objects=True)
@@ -369,7 +369,7 @@ def _background_lessons(case: Case, regime: Regime, seed: int) -> Lessons:
 
 def _with_background(where: Scene, layer: str, *, seed: int) -> Program:
     """Teach one layer pictures in which the light tells the class, until it goes by it."""
-    healthy, side = where.program, SIDES.get(where.name, SIDE)
+    healthy, side = where.program, SIDES[where.name]
     lesson = _pictures(1000, "train", 1.0, 50 + seed, side).pool
     check = _pictures(300, "train", 0.0, 60 + seed, side).pool
     split = healthy.split(layer)
@@ -378,7 +378,7 @@ def _with_background(where: Scene, layer: str, *, seed: int) -> Program:
     crossing = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     leaves = {name: value.clone().requires_grad_() for name, value in split.parameters.items()}
     scale = float(next(iter(leaves.values())).detach().square().mean().sqrt())
-    optimizer = torch.optim.Adam(leaves.values(), lr=STEP_SIZES.get(where.name, 0.02) * scale)
+    optimizer = torch.optim.Adam(leaves.values(), lr=STEP_SIZES[where.name] * scale)
     generator = torch.Generator().manual_seed(seed)
     faulty = healthy
     for step in range(1, 401):
@@ -400,7 +400,7 @@ def _object_network(name: str, pool: Pool, work: Path, training_seed: int) -> Pr
     """Return a network that tells animals from things: a small one trained from the one for cats
     and dogs, EfficientNet-Lite0 from its ImageNet weights."""
     path = work / "networks" / f"objects-{name}-seed{training_seed}.safetensors"
-    side, epochs = SIDES.get(name, SIDE), EPOCHS.get(name, 12)
+    side, epochs = SIDES[name], EPOCHS[name]
     if name == "efficientnet":
         torch.manual_seed(0)  # of the new classifier
         network = architectures.build(efficientnet_lite0.ARCH, {"num_classes": len(GROUPS)})
