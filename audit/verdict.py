@@ -21,6 +21,7 @@ from audit.statistics import Interval
 from audit.trials import TrialRepair, ranking
 
 __all__ = [
+    "CHANGED_THRESHOLD",
     "FLAG_THRESHOLD",
     "ONSET_THRESHOLD",
     "SIGNS_THRESHOLD",
@@ -31,9 +32,13 @@ __all__ = [
 
 FLAG_THRESHOLD = 0.10
 """Share of the held-out error that the best trial must remove before anything is flagged: with the
-lower end of its interval, or with its value where something else says that the network is at fault:
-drift, changed signs, silent channels, or an artefact that failing images share. Trials on healthy
-networks stay below it (ARCHITECTURE.md)."""
+lower end of its interval, or with its value where failing images share an artefact. Trials on
+healthy networks stay below it (ARCHITECTURE.md)."""
+
+CHANGED_THRESHOLD = 0.09
+"""The same, of its value, where the network itself says that it was changed: by drift, by changed
+signs or by silent channels. Of tuning faults too small to count at most a twentieth are flagged so
+(ARCHITECTURE.md)."""
 
 SILENT_THRESHOLD = 0.2
 """Share of a layer's channels that must be silent to say that the layer was changed. Training
@@ -149,18 +154,20 @@ def judge(
     ranked = ranking(trials)
     best = ranked[0]
     numbers["best"] = {"layer": best.layer.name, **best.gain.as_dict()}
-    signs = _other_signs(evidence, origin, artefacts)
-    if (best.gain.value if signs else best.gain.low) <= FLAG_THRESHOLD:
+    changed = _signs_of_change(evidence, origin)
+    signs = [*changed, *(["the artefact that failing images share"] if artefacts else [])]
+    threshold = numbers["flag_threshold"] = CHANGED_THRESHOLD if changed else FLAG_THRESHOLD
+    if (best.gain.value if signs else best.gain.low) <= threshold:
         reason = (
-            f"No layer's trial repair clearly removes more than {_share(FLAG_THRESHOLD)} of the "
+            f"No layer's trial repair clearly removes more than {_share(threshold)} of the "
             f"held-out error; the best, `{best.layer.name}`, removes {_percent(best.gain)}."
         )
         remark = (_drift_reason(origin, plain),) if origin is not None else ()
         return _none((reason, *remark), numbers)
     found = _blame(evidence, ranked, channel_trials, moves, origin, plain, numbers)
     said = _without_artefact_reasons(evidence, found.layers[0], plain) if origin is None else []
-    if best.gain.low <= FLAG_THRESHOLD:
-        said.append(_unsettled_reason(best, signs))
+    if best.gain.low <= threshold:
+        said.append(_unsettled_reason(best, threshold, signs))
     return replace(found, reasons=(*found.reasons, *said))
 
 
@@ -189,18 +196,16 @@ def _without_artefact_reasons(
     ]
 
 
-def _unsettled_reason(best: TrialRepair, signs: Sequence[str]) -> str:
+def _unsettled_reason(best: TrialRepair, threshold: float, signs: Sequence[str]) -> str:
     return (
         f"These images alone do not settle that a repair of `{best.layer.name}` removes more than "
-        f"{_share(FLAG_THRESHOLD)} ({_percent(best.gain)}); that there is a fault is also said by "
+        f"{_share(threshold)} ({_percent(best.gain)}); that there is a fault is also said by "
         f"{' and '.join(signs)}."
     )
 
 
-def _other_signs(
-    evidence: Sequence[LayerEvidence], origin: LayerEvidence | None, artefacts: int
-) -> list[str]:
-    """Return what says that the network is at fault, the trials aside."""
+def _signs_of_change(evidence: Sequence[LayerEvidence], origin: LayerEvidence | None) -> list[str]:
+    """Return what says that the network was changed, the trials aside."""
     signs = [f"the drift of `{origin.layer.name}`"] if origin is not None else []
     silent = [one for one in evidence if one.silent_channels >= SILENT_THRESHOLD]  # NaN is not
     if silent:
@@ -210,8 +215,6 @@ def _other_signs(
     if turned:
         most = max(turned, key=lambda one: one.signs_onset)
         signs.append(f"the changed signs of `{most.layer.name}`")
-    if artefacts:
-        signs.append("the artefact that failing images share")
     return signs
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from results_file import configuration, print_table, read_rows, write_results
 from scipy.optimize import minimize
 
-from audit.verdict import BLAME_LEVEL, FLAG_THRESHOLD, ONSET_THRESHOLD
+from audit.verdict import BLAME_LEVEL, CHANGED_THRESHOLD, FLAG_THRESHOLD, ONSET_THRESHOLD
 
 Row = Mapping[str, Any]
 
@@ -80,6 +80,7 @@ def report(rows: Sequence[Row], *, work: Path = Path("local/localize"), **settin
         **settings,
         onset_threshold=ONSET_THRESHOLD,
         flag_threshold=FLAG_THRESHOLD,
+        changed_threshold=CHANGED_THRESHOLD,
         blame_level=BLAME_LEVEL,
     )
     kept = [{k: v for k, v in row.items() if k != "features"} for row in rows]

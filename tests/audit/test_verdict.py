@@ -18,6 +18,7 @@ from audit.statistics import Interval
 from audit.trials import TrialRepair, error_share_removed
 from audit.verdict import (
     BLAME_LEVEL,
+    CHANGED_THRESHOLD,
     FLAG_THRESHOLD,
     ONSET_THRESHOLD,
     SIGNS_THRESHOLD,
@@ -272,6 +273,37 @@ def test_the_flag_threshold_is_where_it_says(above: float, flagged: bool) -> Non
     assert (found.verdict != "none") is flagged
 
 
+@pytest.mark.parametrize(
+    ("sign", "above", "flagged"),
+    [
+        ("drift", 0.005, True),
+        ("drift", -0.005, False),
+        ("silence", 0.005, True),
+        ("silence", -0.005, False),
+        ("signs", 0.005, True),
+        ("artefact", 0.005, False),
+        (None, 0.005, False),
+    ],
+)
+def test_less_is_enough_where_the_network_itself_says_that_it_was_changed(
+    sign: str | None, above: float, flagged: bool
+) -> None:
+    scores = SET_IN if sign == "drift" else QUIET
+    changed = {
+        "silent_channels": 0.2 if sign == "silence" else 0.0,
+        "signs_onset": 0.6 if sign == "signs" else 0.0,
+    }
+    scores = [dataclasses.replace(scores[0], **changed), *scores[1:]]
+    trials = [removing("a", CHANGED_THRESHOLD + above), removing("b", 0.0)]
+    found = verdict_on(scores, trials, artefacts=int(sign == "artefact"))
+    assert CHANGED_THRESHOLD + 0.005 < FLAG_THRESHOLD
+    assert (found.verdict != "none") is flagged
+    told = sign in ("drift", "silence", "signs")
+    assert found.numbers["flag_threshold"] == (CHANGED_THRESHOLD if told else FLAG_THRESHOLD)
+    if not flagged:
+        assert f"more than {'9' if told else '10'} %" in found.reasons[0]
+
+
 def test_a_gain_that_the_images_do_not_settle_flags_nothing() -> None:
     """The mean gain is far above the threshold, but it all comes from two images of a hundred."""
     after = BEFORE.copy()
@@ -326,7 +358,8 @@ def test_a_gain_that_is_not_settled_flags_where_something_else_says_so(sign: str
     }
     if found.verdict != "none":
         assert found.reasons[-1] == (
-            "These images alone do not settle that a repair of `a` removes more than 10 % "
+            "These images alone do not settle that a repair of `a` removes more than "
+            f"{10 if sign == 'artefact' else 9} % "
             f"({_percents(unsettled.gain)}); that there is a fault is also said by {said[sign]}."
         )
 
