@@ -164,9 +164,11 @@ def material_sentences(info: Mapping[str, Any]) -> list[str]:
     made = {name: n for name, n in (info.get("counterfactuals") or {}).items() if n}
     if made:
         parts = [f"{count(number)} of {name}" for name, number in made.items()]
+        donors = int(config.get("donors") or 1)
+        lent = f"{donors} others each, in turn" if donors > 1 else "other images"
         sentences.append(
             f"It learned from counterfactual images, {' and '.join(parts)}: what must not matter "
-            "was taken from other images."
+            f"was taken from {lent}."
         )
     if config.get("distill"):
         rest = " and the labels for the rest" if config["distill"] < 1 else ""

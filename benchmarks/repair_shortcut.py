@@ -21,7 +21,8 @@ itself where the mark, or the background, is another photo's (`repair.teaching`)
 layer at fault, the other rows are of the layer that the scan would have repaired. `default` is what
 `repair layer` does then (`repair.defaults`): for marks `answers` where the photos are biased, which
 a scan of them counts, and `trust` where they are balanced or a scan found no group; for backgrounds
-`energy` on counterfactuals, since masks say nothing about that; cross
+`energy` on counterfactuals, since masks say nothing about that, where in turn several photos lend
+each what lies around its object (`one donor`: always the same); cross
 entropy for a loss of maps in a layer that has none. Controls: plain cross entropy (`ce`), the maps
 of other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 2022), all layers
 (`full`), all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's
@@ -66,6 +67,7 @@ from audit.chance import holm
 from audit.networks.program import Program, Split
 from repair.cache import CacheKind, CrossingBatch
 from repair.config import AUTO, RepairConfig
+from repair.crossing import further_versions, version_name
 from repair.defaults import ARTEFACT_LOSS, DISTILL
 from repair.image_masks import ImageMasks
 from repair.rates import best_rate, try_rates
@@ -86,6 +88,7 @@ class Method:
     shuffled: bool = False
     surgical: bool = False
     changed: bool = False  # learns from counterfactuals
+    one_donor: bool = False  # of what lies around an object
     every_draw: bool = False  # of photos, or the first one alone
 
 
@@ -101,6 +104,9 @@ METHODS: dict[str, Method] = {
     "energy": Method(place="flagged", config=ENERGY, every_draw=True),
     "energy, counterfactuals": Method(
         place="flagged", config=ENERGY, changed=True, every_draw=True
+    ),
+    "energy, one donor": Method(
+        place="flagged", config=ENERGY, changed=True, one_donor=True, every_draw=True
     ),
     "ce, counterfactuals": Method(place="flagged", config=CE, changed=True, every_draw=True),
     "trust, counterfactuals": Method(place="flagged", config=TRUST, changed=True),
@@ -231,6 +237,8 @@ def applies(case: Case, method: Method) -> bool:
     """Return whether a method is tried on a case: its layer has the maps it needs, and it is known
     what must not matter where the method is told so."""
     place, loss = layer_of(case, method.place), method.config.loss_function
+    if method.one_donor and case.kind != "background":
+        return False  # so has every method there
     is_told = method.changed or method.config.distill > 0 or loss.needs_masks
     if is_told and not _known(case):
         return False
@@ -271,8 +279,11 @@ def repair_all(
                     for part, pool in {
                         "train": given.train,
                         "validation": given.validation,
-                        "train_changed": given.train_changed,
                         "validation_changed": given.validation_changed,
+                        **{
+                            version_name("train_changed", number): pool
+                            for number, pool in enumerate(given.train_changed)
+                        },
                         **pools,
                     }.items()
                 }
@@ -314,6 +325,7 @@ def _training(
         crossed[f"train{changed}"],
         crossed[f"validation{changed}"],
         loss=method.config.loss,
+        versions=() if method.one_donor else further_versions(crossed, f"train{changed}"),
         masks=ImageMasks.of_all(given.allowed),
         targets=mixed_targets(given.targets, given.train.labels.tolist(), share) if share else None,
         shuffled=method.shuffled,

@@ -47,6 +47,7 @@ from audit.networks import architectures
 from audit.networks.program import Program
 from audit.regions import Box
 from repair.counterfactuals import draw_donors, without_object
+from repair.defaults import MASK_DONORS
 from repair.guidance import outside_cells
 from repair.image_masks import ImageMasks
 from repair.teaching import COPIES
@@ -84,7 +85,7 @@ class Lessons:
         allowed: Where the maps of the training photos may lie, (N, h, w) in [0, 1].
         targets: What the faulty network says of them where the mark, or the background, is
             another photo's (`repair.teaching`), (N, K).
-        train_changed: Their counterfactuals.
+        train_changed: Their counterfactuals, a version for each donor.
         validation_changed: Those of the validation photos.
         around_right: Share of the photos that the faulty network gets right with the objects
             painted over; None for marks.
@@ -94,7 +95,7 @@ class Lessons:
     validation: Pool
     allowed: Tensor
     targets: Tensor
-    train_changed: Pool
+    train_changed: tuple[Pool, ...]
     validation_changed: Pool
     around_right: float | None = None
 
@@ -258,6 +259,13 @@ def _lessons(
     first, rest = list(range(train)), list(range(train, len(whole.labels)))
     donors = draw_donors(first, masks, seed=2 * seed) | draw_donors(rest, masks, seed=2 * seed + 1)
     both = Pool(images=changed(donors), labels=whole.labels)
+    versions = tuple(
+        Pool(images=changed(again), labels=whole.labels).rows(slice(train))
+        for again in (
+            draw_donors(first, masks, seed=2 * seed, version=version)
+            for version in range(1, MASK_DONORS if hide_objects else 1)
+        )
+    )
     carriers = [position for position in first if carries[position]]
     lenders = [position for position in first if not carries[position]] or carriers
     lent = (
@@ -270,7 +278,7 @@ def _lessons(
         validation=whole.rows(slice(train, None)),
         allowed=allowed[:train],
         targets=hidden.mean(dim=0).softmax(dim=1),
-        train_changed=both.rows(slice(train)),
+        train_changed=(both.rows(slice(train)), *versions),
         validation_changed=both.rows(slice(train, None)),
     )
 

@@ -89,6 +89,14 @@ def layer_command(
             "loss is auto and a region is known.",
         ),
     ] = None,
+    donors: Annotated[
+        int | None,
+        typer.Option(
+            help="Other images that lend an image those pixels, epoch by epoch in turn. By default "
+            "as many as pay where the loss is auto and there are masks, else one.",
+            metavar="N",
+        ),
+    ] = None,
     distill: Annotated[
         float | None,
         typer.Option(
@@ -176,6 +184,7 @@ def layer_command(
     settings: dict[str, Any] = {
         "loss": DEFAULTS.loss if loss == AUTO else loss,
         "counterfactuals": bool(counterfactuals),
+        "donors": DEFAULTS.donors if donors is None else donors,
         "distill": distill or 0.0,
         "saliency": saliency,
         "scale": scale,
@@ -208,6 +217,7 @@ def layer_command(
     choose = {"loss"} if loss == AUTO else set()
     choose |= {"counterfactuals"} if counterfactuals is None else set()
     choose |= {"distill"} if distill is None else set()
+    choose |= {"donors"} if donors is None else set()
     request = RepairRequest(
         layer=name,
         train=train,

@@ -60,6 +60,7 @@ class RepairConfig:
         counterfactuals: Whether what lies outside an image's mask, or in an error group's artefact
             or region, is taken from another image before it is learned from
             (`repair.counterfactuals`).
+        donors: How many others, drawn at random, lend it to an image, epoch by epoch in turn.
         distill: Share of the network's own answers in what is learned from, where what misleads it
             is hidden (`repair.teaching`); the rest is the label.
         balance_classes: Whether images weigh by the inverse of their class's frequency.
@@ -91,6 +92,7 @@ class RepairConfig:
     keep: Keep = "best"
     patience: int = 0
     counterfactuals: bool = False
+    donors: int = 1
     distill: float = 0.0
     balance_classes: bool = False
     with_norm: bool = False
@@ -119,6 +121,8 @@ class RepairConfig:
             raise UsageError(f"--lr is {rate:g}; expected a number above 0, or auto")
         if not 0.0 <= self.distill <= 1.0:
             raise UsageError(f"--distill is {self.distill:g}; expected a number from 0 to 1")
+        if self.donors < 1:
+            raise UsageError(f"--donors is {self.donors}; expected at least 1")
         if self.epochs < 1:
             raise UsageError(f"--epochs is {self.epochs}; expected at least 1")
         if self.batch_size < 1:

@@ -6,7 +6,9 @@ pixels and takes the others from an image drawn at random. What goes with the cl
 they are, a watermark or a background, goes with nothing in these. Sources: Xiao et al. 2021 ("Noise
 or signal", Mixed-Rand) for backgrounds, Plumb et al. 2022 (SPIRE) for artefacts.
 
-An image has one counterfactual, so that it passes the frozen prefix once and can be cached.
+Of few images a layer learns what each donor happens to show with a class. So an image has several
+counterfactuals, with other donors, and each epoch takes the next: as many steps, and as many
+passes through the frozen prefix as there are donors, which can be cached.
 """
 
 from __future__ import annotations
@@ -83,6 +85,7 @@ def draw_donors(
     allowed: ImageMasks,
     *,
     seed: int,
+    version: int = 0,
     lenders: Sequence[int] | None = None,
 ) -> dict[int, int]:
     """Return for each image that can be changed another one, drawn at random.
@@ -93,11 +96,12 @@ def draw_donors(
         positions: Of the images of one split, in the folder's records.
         allowed: Which pixels an image keeps.
         seed: Of the draw; it comes out alike in every process.
+        version: Of several draws by a seed.
         lenders: Positions of the images that may lend; those of the split when None.
     """
     lenders = positions if lenders is None else lenders
     place = {position: at for at, position in enumerate(lenders)}
-    generator = np.random.default_rng([seed, len(positions)])
+    generator = np.random.default_rng([seed, len(positions), version])
     donors = {}
     for position in allowed.among(positions):
         others = len(lenders) - (position in place)

@@ -1,7 +1,8 @@
 """What crosses the cut of a layer, for the images of every split, where there is room for it.
 
-Room goes to the training images first: they are asked for in every epoch. What was chosen is told
-in one line, recorded, and repeated by a repair that is resumed.
+Room goes to the training images first: they are asked for in every epoch; further versions of them
+(`repair.counterfactuals`) come last. What was chosen is told in one line, recorded, and repeated by
+a repair that is resumed.
 """
 
 from __future__ import annotations
@@ -84,11 +85,13 @@ def cross_splits(
     earlier: Mapping[str, CacheKind] | None = None,
     batch_size: int = 32,
     beside: Mapping[str, Beside] | None = None,
-    counterfactuals: Mapping[str, Counterfactuals] | None = None,
+    counterfactuals: Mapping[str, Sequence[Counterfactuals]] | None = None,
     on_skip: Callable[[int, str], None] | None = None,
     on_choice: Callable[[Mapping[str, CrossingTensors]], None] | None = None,
 ) -> dict[str, CrossingTensors]:
     """Return the images of each split as they look at the cut.
+
+    Further versions of them have the names that `version_name` gives.
 
     Args:
         network: Where the pixels are normalized.
@@ -100,15 +103,22 @@ def cross_splits(
         earlier: Kinds of cache that an earlier attempt chose, by split.
         batch_size: Images that will be asked for at a time.
         beside: By split, what is kept beside the crossing tensors.
-        counterfactuals: By split, what takes the place of its images.
+        counterfactuals: By split, what takes the place of its images, a version of them each.
         on_skip: Called with place and reason for each image that cannot be decoded.
         on_choice: Called after each split with all that there is so far.
     """
     memory_bytes, disk_bytes = room.memory_bytes, room.disk_bytes
     crossing: dict[str, CrossingTensors] = {}
-    total = sum(map(len, positions.values()))
+    made = counterfactuals or {}
+    wanted: list[tuple[str, str, Counterfactuals | None]] = [
+        (name, name, next(iter(made.get(name, ())), None)) for name in positions
+    ]
+    for name, versions in made.items():
+        further = enumerate(versions[1:], start=1)
+        wanted += [(version_name(name, number), name, version) for number, version in further]
+    total = sum(len(positions[name]) for _, name, _ in wanted)
     with console.progress(f"computing what enters {split.layer.name}", total) as bar:
-        for name, wanted in positions.items():
+        for name, of_split, version in wanted:
             space = None
             if room.folder is not None:
                 space = DiskSpace(folder=room.folder / name, budget_bytes=disk_bytes)
@@ -116,13 +126,13 @@ def cross_splits(
                 network,
                 split,
                 folder,
-                wanted,
+                positions[of_split],
                 budget_bytes=memory_bytes,
                 disk=space,
                 kind=(earlier or {}).get(name),
                 batch_size=batch_size,
-                beside=(beside or {}).get(name),
-                counterfactuals=(counterfactuals or {}).get(name),
+                beside=(beside or {}).get(of_split),
+                counterfactuals=version,
                 on_skip=on_skip,
                 on_batch=bar.advance,
             )
@@ -136,6 +146,21 @@ def cross_splits(
             if on_choice is not None:
                 on_choice(crossing)
     return crossing
+
+
+def version_name(split: str, number: int) -> str:
+    """Return the name of a version of a split's images; the first, 0, has the split's."""
+    return f"{split}-{number + 1}" if number else split
+
+
+def further_versions(
+    crossing: Mapping[str, CrossingTensors], split: str
+) -> tuple[CrossingTensors, ...]:
+    """Return the versions of a split's images but the first, in order."""
+    found: list[CrossingTensors] = []
+    while (name := version_name(split, len(found) + 1)) in crossing:
+        found.append(crossing[name])
+    return tuple(found)
 
 
 def cache_kinds(crossing: Mapping[str, CrossingTensors]) -> dict[str, CacheKind]:
@@ -169,5 +194,13 @@ def cache_line(layer: str, crossing: Mapping[str, CrossingTensors]) -> str:
         size = sum(crossing[name].bytes for name in names)
         amount = reason if kind == "recompute" else byte_size(size)
         if names:
-            parts.append(f"{wording} for {', '.join(names)} ({amount})")
+            parts.append(f"{wording} for {_told(names)} ({amount})")
     return f"what enters {layer} is {', '.join(parts)}"
+
+
+def _told(names: Sequence[str]) -> str:
+    """Return splits by name, and how many further versions of them there are."""
+    splits = [name for name in names if "-" not in name]  # see `version_name`
+    versions = len(names) - len(splits)
+    further = f"{versions} further {'version' if versions == 1 else 'versions'}"
+    return ", ".join([*splits, *([further] if versions else [])])

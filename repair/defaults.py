@@ -30,6 +30,9 @@ UNGUIDED_LOSS = "trust"
 DISTILL = 0.8
 """Share of the network's own answers where an artefact is known."""
 
+MASK_DONORS = 8
+"""How many images lend an image, in turn, what lies outside its mask."""
+
 ENOUGH_COUNTEREXAMPLES = 0.25
 """Share wrong of the images in which the network looks at a group's region, or that carry its
 artefact."""
@@ -50,7 +53,7 @@ def settle(
         run: The scan.
         layer: To be repaired; one without maps has plain cross entropy.
         config: The settings.
-        choose: Which of `loss`, `counterfactuals` and `distill` the run decides.
+        choose: Which of `loss`, `counterfactuals`, `donors` and `distill` the run decides.
         masks: Masks that the user names.
         group: Error group that the user names.
     """
@@ -72,6 +75,8 @@ def settle(
     config = replace(config, loss=loss)
     if "counterfactuals" in choose and source is not None:
         config = replace(config, counterfactuals=made)
+    if "donors" in choose and config.counterfactuals and isinstance(source, Path):
+        config = replace(config, donors=MASK_DONORS)
     if "distill" in choose and answers:
         config = replace(config, distill=DISTILL)
     images = " on counterfactual images" if config.counterfactuals else ""

@@ -41,7 +41,14 @@ from repair.cache import CrossingTensors
 from repair.config import AUTO, RepairConfig
 from repair.controls import PlannedControl, plan_controls, ranked_layers
 from repair.counterfactuals import Counterfactuals
-from repair.crossing import cache_kinds, cache_line, cache_record, choose_room, cross_splits
+from repair.crossing import (
+    cache_kinds,
+    cache_line,
+    cache_record,
+    choose_room,
+    cross_splits,
+    further_versions,
+)
 from repair.decision import Predictions, compare, decide
 from repair.defaults import settle
 from repair.guidance import Guidance
@@ -86,8 +93,8 @@ class RepairRequest:
             or nothing where `cache_gib` is 0.
         masks: Folder of masks or COCO file that says where the objects are.
         group: Error group of the scan whose region maps must leave.
-        choose: Settings that the run decides, of `loss`, `counterfactuals` and `distill`, see
-            `repair.defaults`.
+        choose: Settings that the run decides, of `loss`, `counterfactuals`, `donors` and
+            `distill`, see `repair.defaults`.
         tensorboard: Log every epoch for TensorBoard, in the repair's folder.
         resume: Go on with the newest unfinished repair, by the settings it was started with.
         stated: Settings (fields of `RepairConfig`) that must equal those of a resumed repair.
@@ -159,7 +166,9 @@ def repair_layer(
     counterfactuals = make_counterfactuals(network, images, config, hidden)
     told = guidance or hidden
     record = _opening_record(network, layer, config, request, device, told)
-    record["counterfactuals"] = {split: len(made.donors) for split, made in counterfactuals.items()}
+    record["counterfactuals"] = {
+        split: len(made[0].donors) for split, made in counterfactuals.items()
+    }
     repair = resumed
     if repair is None:
         name = run.start_repair(layer.name, record).name if team.leads else ""
@@ -258,7 +267,7 @@ class _Repair:
         controls: tuple[PlannedControl, ...],
         guidance: Callable[[Layer], Guidance | None],
         hidden: Guidance | None,
-        counterfactuals: Mapping[str, Counterfactuals],
+        counterfactuals: Mapping[str, Sequence[Counterfactuals]],
         log: TrainingLog | None,
         team: Team,
     ) -> None:
@@ -392,6 +401,7 @@ class _Repair:
                 crossing["val"],
                 config,
                 loss=loss,
+                versions=further_versions(crossing, "train"),
                 also={} if whole else self._norm_after(split.layer),
                 role=role,
                 shuffled=control is not None and control.shuffled,

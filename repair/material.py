@@ -118,29 +118,33 @@ def hidden_pixels(
 
 def make_counterfactuals(
     network: Network, images: RepairImages, config: RepairConfig, guidance: Guidance | None
-) -> dict[str, Counterfactuals]:
-    """Return how the training and validation images are made counterfactual, by split.
+) -> dict[str, tuple[Counterfactuals, ...]]:
+    """Return how the training and validation images are made counterfactual, by split: with as many
+    donors an image as the settings say for those of training, with one for those of validation.
 
     Nothing where the settings ask for none.
     """
-    made: dict[str, Counterfactuals] = {}
+    made: dict[str, tuple[Counterfactuals, ...]] = {}
     if not config.counterfactuals or guidance is None:
         return made
     for number, split in enumerate(("train", "val")):
         own = images.positions[split]
-        donors = draw_donors(
-            own,
-            guidance.masks,
-            seed=2 * config.seed + number,
-            # An object can be hidden where its mask is known.
-            lenders=guidance.masks.among(own) if guidance.hides_objects else own,
-        )
-        made[split] = Counterfactuals(
-            folder=images.folder,
-            preprocessing=network.card.preprocessing,
-            allowed=guidance.masks,
-            donors=donors,
-            hide_objects=guidance.hides_objects,
+        made[split] = tuple(
+            Counterfactuals(
+                folder=images.folder,
+                preprocessing=network.card.preprocessing,
+                allowed=guidance.masks,
+                donors=draw_donors(
+                    own,
+                    guidance.masks,
+                    seed=2 * config.seed + number,
+                    version=version,
+                    # An object can be hidden where its mask is known.
+                    lenders=guidance.masks.among(own) if guidance.hides_objects else own,
+                ),
+                hide_objects=guidance.hides_objects,
+            )
+            for version in range(config.donors if split == "train" else 1)
         )
     return made
 

@@ -124,6 +124,7 @@ def train_layer(
     config: RepairConfig,
     *,
     loss: str,
+    versions: Sequence[CrossingTensors] = (),
     also: Mapping[str, Tensor] | None = None,
     role: str | None = None,
     shuffled: bool = False,
@@ -143,6 +144,8 @@ def train_layer(
         validation: Images that choose the epoch.
         config: Settings; `config.loss` is not read, so that a control differs in `loss` alone.
         loss: A name from `LOSSES`.
+        versions: Of the images to learn from, as many each and in the same order: epochs take
+            `train` and these in turn.
         also: Further state entries after the cut that learn too, with their first values.
         role: What the history calls it; `repair` or the name of the loss when None.
         shuffled: Charge each image for the map of another one of its batch.
@@ -161,11 +164,15 @@ def train_layer(
 
     Raises:
         DamagedCheckpointError: What lies at `state_path` cannot be read.
+        ValueError: `versions` have not as many images as `train`.
     """
+    counts = sorted({len(train), *map(len, versions)})
+    if len(counts) > 1:
+        raise ValueError(f"versions of the training images count {counts}; pass as many of each")
     first_values = {**split.parameters, **(also or {})}
     lesson = _Lesson(
         split=split,
-        images=train,
+        versions=(train, *versions),
         config=config,
         loss=loss,
         shuffled=shuffled,
@@ -299,7 +306,7 @@ class _Lesson:
     """What the steps of one training learn from."""
 
     split: Split
-    images: CrossingTensors
+    versions: tuple[CrossingTensors, ...]
     config: RepairConfig
     loss: str
     shuffled: bool
@@ -314,7 +321,7 @@ class _Lesson:
     @cached_property
     def total(self) -> int:
         """Images of all processes together."""
-        (counts,) = self.team.sums([torch.tensor([len(self.images)], device=self.device)])
+        (counts,) = self.team.sums([torch.tensor([len(self.versions[0])], device=self.device)])
         return int(counts)
 
     @property
@@ -323,8 +330,9 @@ class _Lesson:
 
     def batches(self, epoch: int) -> Iterator[CrossingBatch]:
         """Yield this process's part of each batch, empty where it has none."""
+        images = self.versions[(epoch - 1) % len(self.versions)]
         for rows in _batches(self.total, self.config, epoch):
-            yield self.images.batch(self.team.own(rows))
+            yield images.batch(self.team.own(rows))
 
     def gradients(
         self, batch: CrossingBatch, leaves: Mapping[str, Tensor], step: int

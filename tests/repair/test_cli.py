@@ -87,6 +87,7 @@ def test_json_is_the_only_thing_on_stdout(
         ),
         (["--scale", "none"], 2, "unknown scale 'none'"),
         (["--epochs", "0"], 2, "--epochs is 0"),
+        (["--donors", "0"], 2, "--donors is 0"),
         (["--controls", "ce,hope"], 2, "'hope'; expected one or more of ce,shuffled,originals,"),
         (["--controls", ""], 2, "expected one or more of ce,shuffled,originals,labels,"),
         (["--controls", "ce", "--no-controls"], 2, "--controls and --no-controls exclude"),

@@ -16,9 +16,10 @@ from audit.images import ImageFolder, load_pixels
 from audit.images.loading import ImageBatch
 from audit.networks import Network
 from audit.runs import Run
-from repair.cache import DiskSpace, cross_tensors
+from repair.cache import DiskSpace, cross_tensors, crossing_bytes
 from repair.config import RepairConfig
 from repair.counterfactuals import Counterfactuals, draw_donors, without_object
+from repair.crossing import Room, cache_line, cross_splits, further_versions
 from repair.defaults import settle
 from repair.guidance import Guidance, outside_cells, share_right
 from repair.image_masks import ImageMasks
@@ -129,11 +130,62 @@ def test_only_masked_images_lend_where_objects_are_hidden(
     config = replace(CONFIG, counterfactuals=True)
     for source, lenders in (("masks", set(train[1::2])), ("group-1", set(train))):
         guidance = Guidance(masks=allowed, source=source, sentence="", images=len(train))
-        lent = make_counterfactuals(network, images, config, guidance)["train"]
+        lent = make_counterfactuals(network, images, config, guidance)["train"][0]
         assert set(lent.donors) == set(train[1::2])
         assert set(lent.donors.values()) <= lenders
         assert (set(lent.donors.values()) <= set(train[1::2])) is (source == "masks")
         assert lent.hide_objects is (source == "masks")
+
+
+def test_training_images_have_several_donors_and_validation_images_one(
+    network: Network, folder: ImageFolder, corner: ImageMasks
+) -> None:
+    splits = {name: tuple(folder.positions(name)) for name in ("train", "val")}  # type: ignore[arg-type]
+    images = RepairImages(folder=folder, positions=splits, changed=(), additions=None)
+    config = replace(CONFIG, counterfactuals=True, donors=40, seed=6)
+    guidance = Guidance(masks=corner, source="group-1", sentence="", images=len(folder.records))
+    found = make_counterfactuals(network, images, config, guidance)
+    assert (len(found["train"]), len(found["val"])) == (40, 1)
+    assert found["train"][0].donors == draw_donors(splits["train"], corner, seed=12)
+    assert found["val"][0].donors == draw_donors(splits["val"], corner, seed=13)
+    others = len(splits["train"]) - 1
+    expected = others * (1 - (1 - 1 / others) ** 40)  # distinct ones of forty drawn evenly
+    for position in splits["train"][:5]:
+        drawn = [version.donors[position] for version in found["train"]]
+        assert position not in drawn
+        assert len(set(drawn)) == pytest.approx(expected, abs=8)
+
+
+def test_every_version_of_the_images_crosses_the_cut(
+    network: Network, folder: ImageFolder, corner: ImageMasks
+) -> None:
+    train = tuple(folder.positions("train"))
+    versions = [
+        made(network, folder, corner, donors=draw_donors(train, corner, seed=3, version=number))
+        for number in range(3)
+    ]
+    split = network.program.split(DAMAGED)
+    positions = {"train": train, "test": tuple(folder.positions("test"))}
+    one = crossing_bytes(split, len(train))
+    room = Room(memory_bytes=2 * one + crossing_bytes(split, len(positions["test"])))
+    found = cross_splits(
+        network, split, folder, positions, room, counterfactuals={"train": versions}
+    )
+    assert list(found) == ["train", "test", "train-2", "train-3"]
+    assert [one.kind for one in found.values()] == ["memory", "memory", "memory", "recompute"]
+    told = cache_line("x", found)
+    assert "kept in memory for train, test, 1 further version (" in told
+    assert "computed again for each batch for 1 further version (" in told
+    rows = torch.arange(20)
+    for crossing, version in zip(
+        (found["train"], *further_versions(found, "train")), versions, strict=True
+    ):
+        expected = cross_tensors(
+            network, split, folder, train, budget_bytes=2**30, counterfactuals=version
+        ).batch(rows)
+        assert torch.equal(crossing.batch(rows).crossing[0], expected.crossing[0])
+        assert torch.equal(crossing.batch(rows).positions, expected.positions)
+    assert further_versions(found, "test") == ()
 
 
 def test_a_hidden_object_is_painted_in_the_mean_color_of_the_rest() -> None:

@@ -15,10 +15,13 @@ from audit.errors import RunError, UsageError
 from audit.images import ImageFolder
 from audit.networks import Network
 from audit.regions import REGIONS
+from audit.report import material_sentences
 from audit.runs import Run
 from repair.config import RepairConfig
+from repair.defaults import MASK_DONORS, settle
 from repair.guidance import find_guidance, object_masks_at, outside_cells
 from repair.layer import RepairRequest, repair_layer
+from repair.sources import open_scanned_network
 
 from .conftest import DAMAGED, SIDE
 
@@ -127,6 +130,30 @@ def test_a_repair_is_guided_by_a_group_and_changes_the_layer_alone(grouped: Run,
     rows = repaired.history
     charged = rows[(rows["role"] == "repair") & (rows["epoch"] > 0)]["saliency_mean"]
     assert charged.between(0, 1).all() and charged.gt(0).all()
+
+
+def test_where_there_are_masks_several_images_lend_each_its_background(
+    grouped: Run, masks: Path
+) -> None:
+    layer = open_scanned_network(grouped).layer(DAMAGED)
+    choose = frozenset({"loss", "counterfactuals", "donors", "distill"})
+    settled, _ = settle(grouped, layer, CONFIG, choose, masks=masks)
+    assert (settled.loss, settled.counterfactuals) == ("energy", True)
+    assert settled.donors == MASK_DONORS > 1
+    kept = replace(CONFIG, donors=3)
+    assert settle(grouped, layer, kept, choose - {"donors"}, masks=masks)[0].donors == 3
+    by_region, _ = settle(grouped, layer, CONFIG, choose, group="group-2")
+    assert (by_region.counterfactuals, by_region.donors) == (True, 1)
+    request = RepairRequest(choose=choose, masks=masks)
+    repaired = repair_layer(grouped, replace(CONFIG, controls=("originals",)), request)
+    info = repaired.info
+    assert info["config"]["donors"] == MASK_DONORS
+    assert set(info["cache"]["splits"]) == {
+        *("train", "val", "test"),
+        *(f"train-{number}" for number in range(2, MASK_DONORS + 1)),
+    }
+    assert info["frozen"]["identical"] == info["frozen"]["tensors"]
+    assert f"taken from {MASK_DONORS} others each, in turn" in " ".join(material_sentences(info))
 
 
 def test_input_gradients_repair_a_layer_without_maps(grouped: Run) -> None:

@@ -91,6 +91,33 @@ def train(split: Split, config: RepairConfig = CONFIG, **more: object) -> Traine
     return train_layer(split, found, InMemory(split, *pictures(1)), config, **given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("loss", ["ce", "trust"])
+def test_epochs_take_the_versions_of_the_images_in_turn(
+    program: Program, tmp_path: Path, loss: str
+) -> None:
+    split = program.split("second")
+    shown = [InMemory(split, *pictures(seed)) for seed in (0, 5, 6)]
+    judged = InMemory(split, *pictures(1))
+    config = replace(CONFIG, loss=loss, keep="last", epochs=5)
+    found = train_layer(split, shown[0], judged, config, loss=loss, versions=shown[1:])
+    state = tmp_path / "state.pt"
+    for epoch in range(5):  # one at a time, each from where the last one stopped
+        more = replace(config, epochs=epoch + 1)
+        expected = train_layer(split, shown[epoch % 3], judged, more, loss=loss, state_path=state)
+    for name, value in expected.parameters.items():
+        assert torch.equal(found.parameters[name], value)
+    alone = train_layer(split, shown[0], judged, config, loss=loss)
+    assert not torch.equal(alone.parameters["second.weight"], found.parameters["second.weight"])
+
+
+def test_versions_with_other_images_are_refused(program: Program) -> None:
+    split = program.split("second")
+    images, labels = pictures()
+    whole, part = InMemory(split, images, labels), InMemory(split, images[:40], labels[:40])
+    with pytest.raises(ValueError, match=r"\[40, 48\]"):
+        train_layer(split, whole, whole, CONFIG, loss="ce", versions=[part])
+
+
 def plain_loop(
     module: nn.Module, learning: Mapping[str, nn.Parameter], weights: Tensor | None = None
 ) -> None:
