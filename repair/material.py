@@ -127,6 +127,7 @@ def make_counterfactuals(
     made: dict[str, tuple[Counterfactuals, ...]] = {}
     if not config.counterfactuals or guidance is None:
         return made
+    versions = min(config.donors, config.epochs)  # no epoch would take the others
     for number, split in enumerate(("train", "val")):
         own = images.positions[split]
         made[split] = tuple(
@@ -144,7 +145,7 @@ def make_counterfactuals(
                 ),
                 hide_objects=guidance.hides_objects,
             )
-            for version in range(config.donors if split == "train" else 1)
+            for version in range(versions if split == "train" else 1)
         )
     return made
 

@@ -142,10 +142,12 @@ def test_training_images_have_several_donors_and_validation_images_one(
 ) -> None:
     splits = {name: tuple(folder.positions(name)) for name in ("train", "val")}  # type: ignore[arg-type]
     images = RepairImages(folder=folder, positions=splits, changed=(), additions=None)
-    config = replace(CONFIG, counterfactuals=True, donors=40, seed=6)
+    config = replace(CONFIG, counterfactuals=True, donors=40, epochs=40, seed=6)
     guidance = Guidance(masks=corner, source="group-1", sentence="", images=len(folder.records))
     found = make_counterfactuals(network, images, config, guidance)
     assert (len(found["train"]), len(found["val"])) == (40, 1)
+    short = replace(config, epochs=3)
+    assert len(make_counterfactuals(network, images, short, guidance)["train"]) == 3
     assert found["train"][0].donors == draw_donors(splits["train"], corner, seed=12)
     assert found["val"][0].donors == draw_donors(splits["val"], corner, seed=13)
     others = len(splits["train"]) - 1

@@ -145,7 +145,8 @@ def test_where_there_are_masks_several_images_lend_each_its_background(
     by_region, _ = settle(grouped, layer, CONFIG, choose, group="group-2")
     assert (by_region.counterfactuals, by_region.donors) == (True, 1)
     request = RepairRequest(choose=choose, masks=masks)
-    repaired = repair_layer(grouped, replace(CONFIG, controls=("originals",)), request)
+    config = replace(CONFIG, epochs=MASK_DONORS + 1, controls=("originals",))
+    repaired = repair_layer(grouped, config, request)
     info = repaired.info
     assert info["config"]["donors"] == MASK_DONORS
     assert set(info["cache"]["splits"]) == {
