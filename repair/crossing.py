@@ -114,6 +114,8 @@ def cross_splits(
         (name, name, next(iter(made.get(name, ())), None)) for name in positions
     ]
     for name, versions in made.items():
+        if name not in positions:
+            continue
         further = enumerate(versions[1:], start=1)
         wanted += [(version_name(name, number), name, version) for number, version in further]
     total = sum(len(positions[name]) for _, name, _ in wanted)

@@ -189,6 +189,16 @@ def judge_control(
     )
 
 
+def judge_changed(before: Predictions, after: Predictions, difference: Difference) -> str:
+    """Return in one sentence what a repair did to images that are made counterfactual."""
+    return (
+        f"On {len(before.labels)} of these images, with other images' pixels where the network "
+        f"must not look: {_accuracy_text(before)} right before, {_accuracy_text(after)} after "
+        f"(McNemar {_p_text(difference.mcnemar.p_value)}). Go by that where the images as they are "
+        "share what misleads the network."
+    )
+
+
 def _improvement(difference: Difference) -> str | None:
     """Return the sentence that says what got better, or None."""
     test = difference.mcnemar

@@ -54,6 +54,7 @@ from repair.defaults import settle
 from repair.guidance import Guidance
 from repair.maps import GALLERY_METHOD, choose_gallery, map_similarity, true_class_maps
 from repair.material import (
+    CHANGED,
     RepairImages,
     find_guide,
     find_targets,
@@ -64,6 +65,8 @@ from repair.outcome import (
     Control,
     Judged,
     Repeat,
+    changed_record,
+    changed_sentence,
     control_record,
     penalty_record,
     plain_control,
@@ -167,7 +170,7 @@ def repair_layer(
     told = guidance or hidden
     record = _opening_record(network, layer, config, request, device, told)
     record["counterfactuals"] = {
-        split: len(made[0].donors) for split, made in counterfactuals.items()
+        split: len(made[0].donors) for split, made in counterfactuals.items() if split != CHANGED
     }
     repair = resumed
     if repair is None:
@@ -283,6 +286,9 @@ class _Repair:
         self.log = log
         self.team = team
         self.positions = _dealt(images.positions, team)
+        donors = counterfactuals[CHANGED][0].donors if CHANGED in counterfactuals else {}
+        if donors and team.leads:
+            self.positions[CHANGED] = tuple(donors)
         self.hidden = hidden
         self.counterfactuals = counterfactuals
         self.targets: Tensor | None = None
@@ -310,6 +316,7 @@ class _Repair:
             return
         with self._timed("judging"):
             judged = self._judge(crossing["test"], repaired)
+            changed = self._judge(crossing[CHANGED], repaired) if CHANGED in crossing else None
         with self._timed("maps"):
             similarity = self._write_maps(crossing["test"], judged, repaired)
         with self._timed("cases"):
@@ -321,7 +328,7 @@ class _Repair:
         frozen = self._write_network(repaired, hashes)
         self._write_tables(judged, similarity, maps, repaired, controls)
         self._write_record(
-            judged, similarity, maps, frozen, cache, sizes, repaired, controls, repeats
+            judged, changed, similarity, maps, frozen, cache, sizes, repaired, controls, repeats
         )
         for state in self.folder.path.glob("state-*.pt"):
             state.unlink()
@@ -522,7 +529,7 @@ class _Repair:
                 self.network,
                 split,
                 self.images.folder,
-                self.positions,
+                {name: self.positions[name] for name in _SPLITS},
                 choose_room(self.request.cache_gib, self.request.cache_disk_gib, folder),
                 earlier=recorded.get(plan.name),
                 batch_size=self.config.batch_size,
@@ -670,6 +677,7 @@ class _Repair:
     def _write_record(
         self,
         judged: Judged,
+        changed: Judged | None,
         similarity: np.ndarray | None,
         maps: MapComparison | None,
         frozen: Mapping[str, Any],
@@ -686,6 +694,8 @@ class _Repair:
         difference = compare(judged.before, judged.after, seed=seed)
         decision = decide(judged.before, judged.after, difference, classes)
         verdict, reasons = decision.verdict, list(decision.reasons)
+        if changed is not None:
+            reasons.append(changed_sentence(changed, seed=seed))
         if repaired.best_epoch == 0:
             reasons.append(
                 "No epoch lowered the validation cross entropy, so the weights are the old ones."
@@ -708,6 +718,7 @@ class _Repair:
             before=judged.before.metrics(classes, seed=seed),
             after=judged.after.metrics(classes, seed=seed),
             difference=difference.as_dict(),
+            counterfactual_test=changed_record(changed, classes, seed=seed) if changed else None,
             controls=[control_record(judged, c, self.network, seed=seed) for c in controls],
             seeds=seeds,
             ssim=_ssim_record(similarity, seed),

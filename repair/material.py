@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _SPLITS = ("train", "val", "test")
 
+CHANGED = "counterfactual test"
+"""The split of test images with other images' pixels where the network must not look."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RepairImages:
@@ -105,7 +108,7 @@ def hidden_pixels(
     guidance = find_guidance(
         run,
         images.folder,
-        [*images.positions["train"], *images.positions["val"]],
+        [position for split in _SPLITS for position in images.positions[split]],
         network.card.preprocessing,
         network.program.input_size,
         masks=masks,
@@ -119,8 +122,9 @@ def hidden_pixels(
 def make_counterfactuals(
     network: Network, images: RepairImages, config: RepairConfig, guidance: Guidance | None
 ) -> dict[str, tuple[Counterfactuals, ...]]:
-    """Return how the training and validation images are made counterfactual, by split: with as many
-    donors an image as the settings say for those of training, with one for those of validation.
+    """Return how the images are made counterfactual, by split: with as many donors an image as the
+    settings say for those of training, else with one. Those of the test split stand beside them as
+    they are, by the name of `CHANGED`: what is judged is not changed.
 
     Nothing where the settings ask for none.
     """
@@ -128,9 +132,9 @@ def make_counterfactuals(
     if not config.counterfactuals or guidance is None:
         return made
     versions = min(config.donors, config.epochs)  # no epoch would take the others
-    for number, split in enumerate(("train", "val")):
+    for number, split in enumerate(_SPLITS):
         own = images.positions[split]
-        made[split] = tuple(
+        made[CHANGED if split == "test" else split] = tuple(
             Counterfactuals(
                 folder=images.folder,
                 preprocessing=network.card.preprocessing,

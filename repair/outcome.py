@@ -12,7 +12,7 @@ from scipy.stats import permutation_test
 from audit.statistics import bootstrap_mean
 from repair.config import RepairConfig
 from repair.controls import PlannedControl
-from repair.decision import Predictions, compare, judge_control, judge_penalty
+from repair.decision import Predictions, compare, judge_changed, judge_control, judge_penalty
 from repair.training import Trained
 
 if TYPE_CHECKING:
@@ -52,6 +52,25 @@ class Repeat:
 def plain_control(controls: Sequence[Control]) -> Control | None:
     """Return the control by plain cross entropy on the same layer, None where it was not run."""
     return next((control for control in controls if control.plan.name == "ce"), None)
+
+
+def changed_record(changed: Judged, classes: Sequence[str], *, seed: int) -> dict[str, Any]:
+    """Return what the networks say about test images that are made counterfactual."""
+    return {
+        "images": len(changed.positions),
+        "before": changed.before.metrics(classes, seed=seed),
+        "after": changed.after.metrics(classes, seed=seed),
+        "difference": compare(changed.before, changed.after, seed=seed).as_dict(),
+    }
+
+
+def changed_sentence(changed: Judged, *, seed: int) -> str:
+    """Return in one sentence what the repair did to them.
+
+    Held-out images that share a shortcut hold it against a repair that it is gone.
+    """
+    difference = compare(changed.before, changed.after, seed=seed)
+    return judge_changed(changed.before, changed.after, difference)
 
 
 def training_record(trained: Trained) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from audit.images import ImageFolder, load_pixels
 from audit.images.loading import ImageBatch
@@ -125,7 +126,10 @@ def test_only_masked_images_lend_where_objects_are_hidden(
     assert set(donors) == set(train[1::2]) and set(donors.values()) <= set(train[1::2])
     assert draw_donors(train[:2], allowed, seed=0, lenders=allowed.among(train[:2])) == {}
     images = RepairImages(
-        folder=folder, positions={"train": tuple(train), "val": ()}, changed=(), additions=None
+        folder=folder,
+        positions={"train": tuple(train), "val": (), "test": ()},
+        changed=(),
+        additions=None,
     )
     config = replace(CONFIG, counterfactuals=True)
     for source, lenders in (("masks", set(train[1::2])), ("group-1", set(train))):
@@ -140,7 +144,7 @@ def test_only_masked_images_lend_where_objects_are_hidden(
 def test_training_images_have_several_donors_and_validation_images_one(
     network: Network, folder: ImageFolder, corner: ImageMasks
 ) -> None:
-    splits = {name: tuple(folder.positions(name)) for name in ("train", "val")}  # type: ignore[arg-type]
+    splits = {name: tuple(folder.positions(name)) for name in ("train", "val", "test")}  # type: ignore[arg-type]
     images = RepairImages(folder=folder, positions=splits, changed=(), additions=None)
     config = replace(CONFIG, counterfactuals=True, donors=40, epochs=40, seed=6)
     guidance = Guidance(masks=corner, source="group-1", sentence="", images=len(folder.records))
@@ -298,6 +302,37 @@ def test_the_control_of_the_images_as_they_are_is_the_repair_without_counterfact
     alone = repair_layer(grouped, replace(CONFIG, loss="energy"), RepairRequest()).info
     assert control["name"] == "originals"
     assert control["after"] == alone["after"]
+
+
+def test_held_out_images_are_also_judged_with_other_pixels_where_a_region_misleads(
+    grouped: Run, network: Network, corner: ImageMasks
+) -> None:
+    config = replace(CONFIG, loss="energy", counterfactuals=True, controls=())
+    repaired = repair_layer(grouped, config, RepairRequest())
+    told = repaired.info["counterfactual_test"]
+    images = RepairImages.open(grouped, network)
+    test = list(images.positions["test"])
+    donors = draw_donors(test, corner, seed=2)
+    pixels = []
+    for position in test:
+        own, lent = (
+            np.asarray(Image.open(images.folder.root / images.folder.records[one].path)).copy()
+            for one in (position, donors[position])
+        )
+        own[: SIDE // 2, : SIDE // 2] = lent[: SIDE // 2, : SIDE // 2]
+        pixels.append(torch.from_numpy(own).permute(2, 0, 1))
+    labels = torch.tensor([images.folder.records[position].label for position in test])
+    after = network.with_state(load_file(repaired.weights))
+    for when, judged in (("before", network), ("after", after)):
+        said = judged.program.logits(judged.normalize(torch.stack(pixels))).argmax(dim=1)
+        right = float((said == labels).double().mean())
+        assert told[when]["accuracy"]["value"] == pytest.approx(right)
+        assert any(f"{100 * right:.1f} %" in one for one in repaired.info["reasons"])
+    assert told["images"] == len(test)
+    assert told["before"] != repaired.info["before"]  # as they are the images say something else
+    plain = repair_layer(grouped, replace(CONFIG, controls=()), RepairRequest())
+    assert plain.info["counterfactual_test"] is None
+    assert not any("other images' pixels" in one for one in plain.info["reasons"])
 
 
 def test_a_layer_without_maps_is_repaired_by_cross_entropy_on_counterfactuals(

@@ -21,6 +21,7 @@ from repair.config import RepairConfig
 from repair.defaults import MASK_DONORS, settle
 from repair.guidance import find_guidance, object_masks_at, outside_cells
 from repair.layer import RepairRequest, repair_layer
+from repair.material import CHANGED
 from repair.sources import open_scanned_network
 
 from .conftest import DAMAGED, SIDE
@@ -150,7 +151,7 @@ def test_where_there_are_masks_several_images_lend_each_its_background(
     info = repaired.info
     assert info["config"]["donors"] == MASK_DONORS
     assert set(info["cache"]["splits"]) == {
-        *("train", "val", "test"),
+        *("train", "val", "test", CHANGED),
         *(f"train-{number}" for number in range(2, MASK_DONORS + 1)),
     }
     assert info["frozen"]["identical"] == info["frozen"]["tensors"]
