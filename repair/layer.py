@@ -316,7 +316,8 @@ class _Repair:
             return
         with self._timed("judging"):
             judged = self._judge(crossing["test"], repaired)
-            changed = self._judge(crossing[CHANGED], repaired) if CHANGED in crossing else None
+            readable = len(crossing.get(CHANGED, ()))
+            changed = self._judge(crossing[CHANGED], repaired) if readable else None
         with self._timed("maps"):
             similarity = self._write_maps(crossing["test"], judged, repaired)
         with self._timed("cases"):
