@@ -257,15 +257,11 @@ def _lessons(
 
     masks = ImageMasks.of_all(allowed)
     first, rest = list(range(train)), list(range(train, len(whole.labels)))
-    donors = draw_donors(first, masks, seed=2 * seed) | draw_donors(rest, masks, seed=2 * seed + 1)
-    both = Pool(images=changed(donors), labels=whole.labels)
-    versions = tuple(
-        Pool(images=changed(again), labels=whole.labels).rows(slice(train))
-        for again in (
-            draw_donors(first, masks, seed=2 * seed, version=version)
-            for version in range(1, MASK_DONORS if hide_objects else 1)
-        )
+    versions = (
+        changed(draw_donors(first, masks, seed=2 * seed, version=version))[:train]
+        for version in range(MASK_DONORS if hide_objects else 1)
     )
+    validated = changed(draw_donors(rest, masks, seed=2 * seed + 1))[train:]
     carriers = [position for position in first if carries[position]]
     lenders = [position for position in first if not carries[position]] or carriers
     lent = (
@@ -278,8 +274,8 @@ def _lessons(
         validation=whole.rows(slice(train, None)),
         allowed=allowed[:train],
         targets=hidden.mean(dim=0).softmax(dim=1),
-        train_changed=(both.rows(slice(train)), *versions),
-        validation_changed=both.rows(slice(train, None)),
+        train_changed=tuple(Pool(images=v, labels=whole.labels[:train]) for v in versions),
+        validation_changed=Pool(images=validated, labels=whole.labels[train:]),
     )
 
 

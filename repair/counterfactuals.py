@@ -6,9 +6,9 @@ pixels and takes the others from an image drawn at random. What goes with the cl
 they are, a watermark or a background, goes with nothing in these. Sources: Xiao et al. 2021 ("Noise
 or signal", Mixed-Rand) for backgrounds, Plumb et al. 2022 (SPIRE) for artefacts.
 
-Of few images a layer learns what each donor happens to show with a class. So an image has several
-counterfactuals, with other donors, and each epoch takes the next: as many steps, and as many
-passes through the frozen prefix as there are donors, which can be cached.
+Of few images a layer learns what each donor happens to show with a class. So an image may have
+several counterfactuals, with other donors, and each epoch takes the next: as many steps, and as
+many passes through the frozen prefix as there are donors, which can be cached.
 """
 
 from __future__ import annotations

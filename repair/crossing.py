@@ -110,17 +110,16 @@ def cross_splits(
     memory_bytes, disk_bytes = room.memory_bytes, room.disk_bytes
     crossing: dict[str, CrossingTensors] = {}
     made = counterfactuals or {}
-    wanted: list[tuple[str, str, Counterfactuals | None]] = [
-        (name, name, next(iter(made.get(name, ())), None)) for name in positions
+    wanted = [
+        (number, name, version)
+        for name in positions
+        for number, version in enumerate(made.get(name) or (None,))
     ]
-    for name, versions in made.items():
-        if name not in positions:
-            continue
-        further = enumerate(versions[1:], start=1)
-        wanted += [(version_name(name, number), name, version) for number, version in further]
+    wanted.sort(key=lambda one: one[0] > 0)
     total = sum(len(positions[name]) for _, name, _ in wanted)
     with console.progress(f"computing what enters {split.layer.name}", total) as bar:
-        for name, of_split, version in wanted:
+        for number, of_split, version in wanted:
+            name = version_name(of_split, number)
             space = None
             if room.folder is not None:
                 space = DiskSpace(folder=room.folder / name, budget_bytes=disk_bytes)

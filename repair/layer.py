@@ -49,7 +49,7 @@ from repair.crossing import (
     cross_splits,
     further_versions,
 )
-from repair.decision import Predictions, compare, decide
+from repair.decision import Predictions, compare, decide, judge_changed
 from repair.defaults import settle
 from repair.guidance import Guidance
 from repair.maps import GALLERY_METHOD, choose_gallery, map_similarity, true_class_maps
@@ -66,7 +66,6 @@ from repair.outcome import (
     Judged,
     Repeat,
     changed_record,
-    changed_sentence,
     control_record,
     penalty_record,
     plain_control,
@@ -695,8 +694,11 @@ class _Repair:
         difference = compare(judged.before, judged.after, seed=seed)
         decision = decide(judged.before, judged.after, difference, classes)
         verdict, reasons = decision.verdict, list(decision.reasons)
+        beside = None
         if changed is not None:
-            reasons.append(changed_sentence(changed, seed=seed))
+            changes = compare(changed.before, changed.after, seed=seed)
+            reasons.append(judge_changed(changed.before, changed.after, changes))
+            beside = changed_record(changed, changes, classes, seed=seed)
         if repaired.best_epoch == 0:
             reasons.append(
                 "No epoch lowered the validation cross entropy, so the weights are the old ones."
@@ -719,7 +721,7 @@ class _Repair:
             before=judged.before.metrics(classes, seed=seed),
             after=judged.after.metrics(classes, seed=seed),
             difference=difference.as_dict(),
-            counterfactual_test=changed_record(changed, classes, seed=seed) if changed else None,
+            counterfactual_test=beside,
             controls=[control_record(judged, c, self.network, seed=seed) for c in controls],
             seeds=seeds,
             ssim=_ssim_record(similarity, seed),

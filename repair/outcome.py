@@ -12,7 +12,7 @@ from scipy.stats import permutation_test
 from audit.statistics import bootstrap_mean
 from repair.config import RepairConfig
 from repair.controls import PlannedControl
-from repair.decision import Predictions, compare, judge_changed, judge_control, judge_penalty
+from repair.decision import Difference, Predictions, compare, judge_control, judge_penalty
 from repair.training import Trained
 
 if TYPE_CHECKING:
@@ -54,23 +54,19 @@ def plain_control(controls: Sequence[Control]) -> Control | None:
     return next((control for control in controls if control.plan.name == "ce"), None)
 
 
-def changed_record(changed: Judged, classes: Sequence[str], *, seed: int) -> dict[str, Any]:
-    """Return what the networks say about test images that are made counterfactual."""
+def changed_record(
+    changed: Judged, difference: Difference, classes: Sequence[str], *, seed: int
+) -> dict[str, Any]:
+    """Return what the networks say about test images that are made counterfactual.
+
+    Held-out images that share a shortcut hold it against a repair that it is gone.
+    """
     return {
         "images": len(changed.positions),
         "before": changed.before.metrics(classes, seed=seed),
         "after": changed.after.metrics(classes, seed=seed),
-        "difference": compare(changed.before, changed.after, seed=seed).as_dict(),
+        "difference": difference.as_dict(),
     }
-
-
-def changed_sentence(changed: Judged, *, seed: int) -> str:
-    """Return in one sentence what the repair did to them.
-
-    Held-out images that share a shortcut hold it against a repair that it is gone.
-    """
-    difference = compare(changed.before, changed.after, seed=seed)
-    return judge_changed(changed.before, changed.after, difference)
 
 
 def training_record(trained: Trained) -> dict[str, Any]:

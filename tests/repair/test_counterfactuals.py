@@ -142,12 +142,14 @@ def test_only_masked_images_lend_where_objects_are_hidden(
 
 
 def test_training_images_have_several_donors_and_validation_images_one(
-    network: Network, folder: ImageFolder, corner: ImageMasks
+    grouped: Run, network: Network, corner: ImageMasks
 ) -> None:
-    splits = {name: tuple(folder.positions(name)) for name in ("train", "val", "test")}  # type: ignore[arg-type]
-    images = RepairImages(folder=folder, positions=splits, changed=(), additions=None)
+    images = RepairImages.open(grouped, network)
+    splits = images.positions
     config = replace(CONFIG, counterfactuals=True, donors=40, epochs=40, seed=6)
-    guidance = Guidance(masks=corner, source="group-1", sentence="", images=len(folder.records))
+    guidance = Guidance(
+        masks=corner, source="group-1", sentence="", images=len(images.folder.records)
+    )
     found = make_counterfactuals(network, images, config, guidance)
     assert (len(found["train"]), len(found["val"])) == (40, 1)
     short = replace(config, epochs=3)
