@@ -158,6 +158,12 @@ def material_sentences(info: Mapping[str, Any]) -> list[str]:
             f"The learning rate was {rate['chosen']:g}, of {count(len(rate['val_ce']))} tried for "
             "a few epochs the one with the lowest validation cross entropy."
         )
+    divisor = float(info.get("temperature") or 1)
+    if divisor != 1:
+        sentences.append(
+            f"The loss divided logits by {divisor:.3g}, so that it charges for errors and not for "
+            "how sure the network is."
+        )
     guidance = info.get("guidance") or {}
     if guidance.get("sentence"):
         sentences.append(str(guidance["sentence"]))

@@ -72,6 +72,7 @@ from repair.defaults import ARTEFACT_LOSS, DISTILL
 from repair.image_masks import ImageMasks
 from repair.rates import best_rate, try_rates
 from repair.teaching import mixed_targets
+from repair.temperature import fit_temperature
 from repair.training import Trained, train_layer
 
 SEEDS = (0, 1, 2)
@@ -88,6 +89,7 @@ class Method:
     shuffled: bool = False
     surgical: bool = False
     changed: bool = False  # learns from counterfactuals
+    masked: bool = False  # tried where there are masks alone
     one_donor: bool = False  # of what lies around an object
     every_draw: bool = False  # of photos, or the first one alone
 
@@ -97,6 +99,7 @@ def _settings(**changes: Any) -> RepairConfig:
 
 
 ENERGY, CE = _settings(loss="energy"), _settings(loss="ce")
+TEMPERED = replace(CE, temperature=AUTO)
 ANSWERS = _settings(loss=ARTEFACT_LOSS, distill=DISTILL)
 METHODS: dict[str, Method] = {
     "trust": Method(place="flagged", config=TRUST, every_draw=True),
@@ -106,7 +109,23 @@ METHODS: dict[str, Method] = {
         place="flagged", config=ENERGY, changed=True, every_draw=True
     ),
     "energy, one donor": Method(
-        place="flagged", config=ENERGY, changed=True, one_donor=True, every_draw=True
+        place="flagged",
+        config=ENERGY,
+        changed=True,
+        masked=True,
+        one_donor=True,
+        every_draw=True,
+    ),
+    "ce, tempered": Method(place="flagged", config=TEMPERED, masked=True, every_draw=True),
+    "ce, counterfactuals, tempered": Method(
+        place="flagged", config=TEMPERED, changed=True, masked=True, every_draw=True
+    ),
+    "energy, counterfactuals, tempered": Method(
+        place="flagged",
+        config=replace(TEMPERED, loss="energy"),
+        changed=True,
+        masked=True,
+        every_draw=True,
     ),
     "ce, counterfactuals": Method(place="flagged", config=CE, changed=True, every_draw=True),
     "trust, counterfactuals": Method(place="flagged", config=TRUST, changed=True),
@@ -122,11 +141,17 @@ METHODS: dict[str, Method] = {
     "planted trust-masks": Method(place="planted", config=_settings(loss="trust-masks")),
     "planted energy": Method(place="planted", config=ENERGY),
     "planted energy, counterfactuals": Method(place="planted", config=ENERGY, changed=True),
+    "planted ce, counterfactuals, tempered": Method(
+        place="planted", config=TEMPERED, changed=True, masked=True, every_draw=True
+    ),
     "planted rrr": Method(place="planted", config=_settings(loss="rrr")),
     "planted answers": Method(place="planted", config=ANSWERS, changed=True, every_draw=True),
     "dfr": Method(place="last", config=CE, every_draw=True),
     "dfr, counterfactuals": Method(place="last", config=CE, changed=True, every_draw=True),
     "dfr, answers": Method(place="last", config=ANSWERS, changed=True, every_draw=True),
+    "dfr, counterfactuals, tempered": Method(
+        place="last", config=TEMPERED, changed=True, masked=True, every_draw=True
+    ),
     "full": Method(place="all", config=CE),
     "auto-rgn": Method(place="all", config=CE, surgical=True),
 }
@@ -148,9 +173,10 @@ TUNED = {
 
 DEFAULT = "default"
 BY_ARTEFACT: dict[str, str] = {"biased": "answers", "balanced": "trust"}
-BY_MASKS = "energy, counterfactuals"
-WITHOUT_MAPS = {"energy": "ce", BY_MASKS: "ce, counterfactuals", "trust": "ce"}
-CONTROLS = ("ce", "planted ce", "dfr", "dfr, counterfactuals")
+BY_MASKS = "ce, counterfactuals, tempered"
+WITHOUT_MAPS = {"trust": "ce"}
+EQUAL_DFR = {True: "dfr, counterfactuals, tempered", False: "dfr, counterfactuals"}  # with masks
+CONTROLS = ("ce", "planted ce", "dfr", *EQUAL_DFR.values())
 SUMMARIZED = {
     "": DEFAULT,
     "_trust": "trust",
@@ -237,8 +263,8 @@ def applies(case: Case, method: Method) -> bool:
     """Return whether a method is tried on a case: its layer has the maps it needs, and it is known
     what must not matter where the method is told so."""
     place, loss = layer_of(case, method.place), method.config.loss_function
-    if method.one_donor and case.kind != "background":
-        return False  # so has every method there
+    if method.masked and case.kind != "background":
+        return False
     is_told = method.changed or method.config.distill > 0 or loss.needs_masks
     if is_told and not _known(case):
         return False
@@ -291,6 +317,11 @@ def repair_all(
         started = time.perf_counter()
         config = replace(method.config, seed=int(known["seed"]))
         row = {**known, "method": name, "layer": place, "planted": case.planted}
+        if config.temperature == AUTO:
+            changed = "_changed" if method.changed else ""
+            found = fit_temperature(split, crossed[place][f"validation{changed}"])
+            config = replace(config, temperature=found)
+            row["temperature"] = round(found, 3)
         train = _training(split, crossed[place], given, method)
         if config.learning_rate == AUTO:
             tried = try_rates(train, config)
@@ -433,10 +464,17 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         for name, method in SUMMARIZED.items():
             summary[f"recovered{name}{end}"] = by[regime, "all", method]["recovered"]
             summary[f"damage{name}{end}"] = by[regime, "all", method]["damage"]
-        for name, control in (("ce", "ce"), ("dfr", "dfr"), ("equal_dfr", "dfr, counterfactuals")):
-            fixed, broken = _discordant(
-                [row for row in rows if row["regime"] == regime], control, DEFAULT
-            )
+        own = [row for row in rows if row["regime"] == regime]
+        for name, by_masks in (
+            ("ce", dict.fromkeys(EQUAL_DFR, "ce")),
+            ("dfr", dict.fromkeys(EQUAL_DFR, "dfr")),
+            ("equal_dfr", EQUAL_DFR),
+        ):
+            counts = [
+                _discordant([r for r in own if (r["kind"] == "background") == masked], one, DEFAULT)
+                for masked, one in by_masks.items()
+            ]
+            fixed, broken = map(sum, zip(*counts, strict=True))
             summary[f"fixed_against_{name}{end}"] = fixed
             summary[f"broken_against_{name}{end}"] = broken
         own = [r for r in rows if (r["regime"], r["method"]) == (regime, DEFAULT)]

@@ -79,6 +79,15 @@ def layer_command(
     no_r2: NoR2Option = False,
     balance: BalanceOption = DEFAULTS.balance,
     weight: WeightOption = DEFAULTS.weight,
+    temperature: Annotated[
+        str | None,
+        typer.Option(
+            help="What the loss divides logits by; auto: what makes the network as sure as it is "
+            "right on validation images. By default auto where the loss is auto and there are "
+            "masks, else 1.",
+            metavar="T|auto",
+        ),
+    ] = None,
     masks: MasksOption = None,
     group: GroupOption = None,
     counterfactuals: Annotated[
@@ -190,6 +199,9 @@ def layer_command(
         "scale": scale,
         "balance": balance,
         "weight": weight,
+        "temperature": DEFAULTS.temperature
+        if temperature is None
+        else parse_rate(temperature, "--temperature"),
         "r1": not no_r1,
         "r2": not no_r2,
         "learning_rate": parse_rate(learning_rate),
@@ -218,6 +230,7 @@ def layer_command(
     choose |= {"counterfactuals"} if counterfactuals is None else set()
     choose |= {"distill"} if distill is None else set()
     choose |= {"donors"} if donors is None else set()
+    choose |= {"temperature"} if temperature is None else set()
     request = RepairRequest(
         layer=name,
         train=train,

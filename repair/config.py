@@ -26,7 +26,7 @@ Saliency = Literal["gradcam", "guided-gradcam", "gradients"]
 SALIENCIES: tuple[Saliency, ...] = get_args(Saliency)
 
 AUTO: Literal["auto"] = (
-    "auto"  # for --loss: `repair.defaults` decides; for --lr: `repair.rates` does
+    "auto"  # for --loss: `repair.defaults` decides; --lr: `repair.rates`; --temperature: its module
 )
 
 _RENAMED = {"balance": "lambda", "learning_rate": "lr"}  # field -> name in repair.json and options
@@ -43,6 +43,8 @@ class RepairConfig:
         scale: How cross entropy and saliency are kept in bounds, see `Penalty`.
         balance: The lambda of Eq. 7.
         weight: Of what the losses `energy` and `rrr` add to the cross entropy.
+        temperature: What the loss divides logits by; `auto` for the one at which the network is
+            neither too sure nor too little on the validation images (`repair.temperature`).
         r1: Whether R1 takes part.
         r2: Whether R2 takes part.
         learning_rate: Of the optimizer, at the start; `auto` for the one of several that does best
@@ -82,6 +84,7 @@ class RepairConfig:
     scale: Scale = "bounded"
     balance: float = 0.9
     weight: float = 1.0
+    temperature: float | Literal["auto"] = 1.0
     r1: bool = True
     r2: bool = True
     learning_rate: float | Literal["auto"] = 0.01
@@ -119,6 +122,9 @@ class RepairConfig:
         rate = self.learning_rate
         if rate != AUTO and not 0 < float(rate) < float("inf"):
             raise UsageError(f"--lr is {rate:g}; expected a number above 0, or auto")
+        heat = self.temperature
+        if heat != AUTO and not 0 < float(heat) < float("inf"):
+            raise UsageError(f"--temperature is {heat:g}; expected a number above 0, or auto")
         if not 0.0 <= self.distill <= 1.0:
             raise UsageError(f"--distill is {self.distill:g}; expected a number from 0 to 1")
         if self.donors < 1:
@@ -145,6 +151,15 @@ class RepairConfig:
             ValueError: It is still to be chosen, see `repair.rates`.
         """
         return float(self.learning_rate)
+
+    @property
+    def divisor(self) -> float:
+        """What the loss divides logits by.
+
+        Raises:
+            ValueError: It is still to be fitted, see `repair.temperature`.
+        """
+        return float(self.temperature)
 
     @property
     def further_seeds(self) -> range:

@@ -4,6 +4,7 @@
     shuffled       the same loss, each image charged for another one's map: do the maps matter?
     originals      the same loss, images and labels as they are: do counterfactual ones matter?
     labels         the same loss from labels alone: do the network's own answers matter?
+    logits         the same loss, logits as they are: does the temperature matter?
     next-layer     the layer that the scan would have repaired next, by the same loss: was the right
                    layer repaired?
     random-layer   a layer drawn by the seed, by the same loss: would any layer do?
@@ -51,6 +52,7 @@ class Control:
         surgical: Whether learning rates follow relative gradient norms.
         originals: Whether it learns from the images and labels as they are.
         labels_alone: Whether it learns from labels alone, not from the network's own answers.
+        as_sure: Whether the loss has the logits as they are, not divided by a temperature.
         by_default: Whether a repair has it unless told otherwise.
     """
 
@@ -63,6 +65,7 @@ class Control:
     surgical: bool = False
     originals: bool = False
     labels_alone: bool = False
+    as_sure: bool = False
     by_default: bool = True
 
 
@@ -88,6 +91,12 @@ CONTROLS: dict[str, Control] = {
         ours="learning from the network's own answers beside the labels",
         theirs="learning from labels alone",
         labels_alone=True,
+    ),
+    "logits": Control(
+        description="the same loss on the same layer, logits not divided by a temperature",
+        ours="a loss of logits that are less sure",
+        theirs="a loss of logits as they are",
+        as_sure=True,
     ),
     "next-layer": Control(
         description="the same loss on the next best layer by the scan, {layer}",
@@ -140,6 +149,7 @@ class PlannedControl:
     surgical: bool = False
     originals: bool = False
     labels_alone: bool = False
+    as_sure: bool = False
 
     @property
     def whole(self) -> bool:
@@ -178,6 +188,7 @@ def plan_controls(
     needs_maps: bool,
     counterfactuals: bool = False,
     distill: bool = False,
+    tempered: bool = False,
     one_mask: bool = False,
     seed: int,
 ) -> tuple[tuple[PlannedControl, ...], dict[str, str]]:
@@ -185,7 +196,8 @@ def plan_controls(
 
     Where the loss needs maps, other layers are those that have some. What would only repeat the
     repair (`ce` beside the loss ce) or has nothing to change (`shuffled` without maps, `originals`
-    without counterfactuals, `labels` without own answers) is passed over without a word.
+    without counterfactuals, `labels` without own answers, `logits` without a temperature or beside
+    own answers, which have it too) is passed over without a word.
 
     Args:
         names: The chosen controls.
@@ -196,6 +208,7 @@ def plan_controls(
         needs_maps: Whether that loss needs maps.
         counterfactuals: Whether the repair learns from them.
         distill: Whether the repair learns from the network's own answers.
+        tempered: Whether its loss divides logits by a temperature.
         one_mask: Whether one mask holds for all images and the loss adds its charges up, so that
             shuffled maps would cost the same.
         seed: Draws the random layer, among those that are neither repaired nor next best.
@@ -231,6 +244,7 @@ def plan_controls(
             or (control.shuffled and (one_mask or not needs_maps))
             or (control.originals and not counterfactuals)
             or (control.labels_alone and not distill)
+            or (control.as_sure and (distill or not tempered))
         )
         if idle:
             continue
@@ -250,6 +264,7 @@ def plan_controls(
                 surgical=control.surgical,
                 originals=control.originals,
                 labels_alone=control.labels_alone,
+                as_sure=control.as_sure,
             )
         )
     return tuple(planned), left_out

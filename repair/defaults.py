@@ -5,9 +5,11 @@ ones do. So where an error group's artefact or region is wrong in a quarter of t
 repair learns from them as they are, by the paper's loss, which of all that were tried wins back
 most there and harms least. Where it is nearly always right
 the images are counterfactual: an artefact is another image's pixels, and the layer learns what the
-network itself says of the image without it (`repair.teaching`); of a region, and of masks, which
-say nothing about how often the rest misleads, the loss is `energy`. Where nothing is known it
-is the paper's. `benchmarks/repair_shortcut.py` has the figures.
+network itself says of the image without it (`repair.teaching`); of a region the loss is `energy`.
+With masks, which say nothing about how often the rest misleads, several images lend each what lies
+around its object, and the loss is plain cross entropy of logits that are not too sure
+(`repair.temperature`). Where nothing is known the loss is the paper's.
+`benchmarks/repair_shortcut.py` has the figures.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repair.config import RepairConfig
+from repair.config import AUTO, RepairConfig
 from repair.guidance import guidance_source, share_right
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from audit.runs import Run
 
 ARTEFACT_LOSS = "ce"
-GUIDED_LOSS = "energy"
+MASKS_LOSS = "ce"
+REGION_LOSS = "energy"
 UNGUIDED_LOSS = "trust"
 DISTILL = 0.8
 """Share of the network's own answers where an artefact is known."""
@@ -53,7 +56,8 @@ def settle(
         run: The scan.
         layer: To be repaired; one without maps has plain cross entropy.
         config: The settings.
-        choose: Which of `loss`, `counterfactuals`, `donors` and `distill` the run decides.
+        choose: Which of `loss`, `counterfactuals`, `donors`, `distill` and `temperature` the run
+            decides.
         masks: Masks that the user names.
         group: Error group that the user names.
     """
@@ -61,11 +65,14 @@ def settle(
         return config, None
     source = guidance_source(run, masks=masks, group=group)
     made = source is not None and not _enough(run, source)
+    masked = made and isinstance(source, Path)
     answers = made and not isinstance(source, Path) and bool((source or {}).get("artefact"))
-    if answers:
+    if masked:
+        loss, reason = MASKS_LOSS, "it is known where the objects are"
+    elif answers:
         loss, reason = ARTEFACT_LOSS, "it is known which pixels mislead the network"
     elif made:
-        loss, reason = GUIDED_LOSS, "it is known where the network may look"
+        loss, reason = REGION_LOSS, "it is known where the network may look"
     elif source is not None:
         loss, reason = UNGUIDED_LOSS, "what misleads the network is often wrong in these images"
     else:
@@ -77,6 +84,8 @@ def settle(
         config = replace(config, counterfactuals=made)
     if "donors" in choose and config.counterfactuals and isinstance(source, Path):
         config = replace(config, donors=MASK_DONORS)
+    if "temperature" in choose and masked:
+        config = replace(config, temperature=AUTO)
     if "distill" in choose and answers:
         config = replace(config, distill=DISTILL)
     images = " on counterfactual images" if config.counterfactuals else ""

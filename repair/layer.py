@@ -74,6 +74,7 @@ from repair.outcome import (
 )
 from repair.rates import RATES, best_rate, try_rates
 from repair.sources import open_scanned_network
+from repair.temperature import fit_temperature
 from repair.tracking import TrainingLog, check_tensorboard
 from repair.training import DamagedCheckpointError, Row, Trained, predict, train_layer
 
@@ -95,8 +96,8 @@ class RepairRequest:
             or nothing where `cache_gib` is 0.
         masks: Folder of masks or COCO file that says where the objects are.
         group: Error group of the scan whose region maps must leave.
-        choose: Settings that the run decides, of `loss`, `counterfactuals`, `donors` and
-            `distill`, see `repair.defaults`.
+        choose: Settings that the run decides, of `loss`, `counterfactuals`, `donors`, `distill` and
+            `temperature`, see `repair.defaults`.
         tensorboard: Log every epoch for TensorBoard, in the repair's folder.
         resume: Go on with the newest unfinished repair, by the settings it was started with.
         stated: Settings (fields of `RepairConfig`) that must equal those of a resumed repair.
@@ -193,6 +194,7 @@ def repair_layer(
             needs_maps=config.needs_maps,
             counterfactuals=config.counterfactuals,
             distill=bool(config.distill),
+            tempered=config.temperature != 1,
             one_mask=guidance is not None
             and guidance.source != "masks"
             and config.loss_function.adds_up,
@@ -298,6 +300,7 @@ class _Repair:
         """Run every step and leave a complete repair behind."""
         hashes = _hashes(self.network.program.state)
         crossing = self._cross()
+        self._fit_temperature(crossing["val"])
         with self._timed("answers"):
             self.targets = find_targets(
                 self.network, self.images, self.config, self.hidden, self.positions["train"]
@@ -395,6 +398,8 @@ class _Repair:
         config, again = self.config, ""
         if seed is not None:
             config, again = replace(config, seed=seed), f"-seed{seed}"
+        if control is not None and control.as_sure:
+            config = replace(config, temperature=1.0)
         loss = control.loss if control else config.loss
         whole = control is not None and control.whole
         plain = control is not None and (control.labels_alone or control.originals)
@@ -466,6 +471,18 @@ class _Repair:
                 "epochs the one with the lowest validation cross entropy"
             )
         return float(known[plan]["chosen"])
+
+    def _fit_temperature(self, validation: CrossingTensors) -> None:
+        """Settle what the losses of the repair and of all controls divide logits by."""
+        if self.config.temperature == AUTO:
+            found = fit_temperature(self.split, validation, team=self.team)
+            console.say(
+                f"the loss divides logits by {found:.3g}, which makes the network as sure as it is "
+                "right on the validation images"
+            )
+            self.config = replace(self.config, temperature=found)
+        if self.team.leads:
+            self.folder.write_info(temperature=self.config.divisor)
 
     def _norm_after(self, layer: Layer) -> dict[str, Tensor]:
         if not self.config.with_norm:

@@ -180,6 +180,7 @@ def find_targets(
             images.positions["train"],
             guidance,
             own=own,
+            divisor=config.divisor,
             batch_size=config.batch_size,
             seed=config.seed,
             on_image=bar.advance,

@@ -108,8 +108,8 @@ OptimizerOption = Annotated[
 _OPTIONS = {"r1": ("no_r1",), "r2": ("no_r2",), "controls": ("controls", "no_controls")}
 
 
-def parse_rate(text: str) -> float | Literal["auto"]:
-    """Return a learning rate, or `auto`.
+def parse_rate(text: str, option: str = "--lr") -> float | Literal["auto"]:
+    """Return the number that an option was given, or `auto`.
 
     Raises:
         UsageError: It is neither.
@@ -119,7 +119,7 @@ def parse_rate(text: str) -> float | Literal["auto"]:
     try:
         return float(text)
     except ValueError as error:
-        raise UsageError(f"--lr is {text!r}; expected a number above 0, or auto") from error
+        raise UsageError(f"{option} is {text!r}; expected a number above 0, or auto") from error
 
 
 def stated_settings(context: typer.Context, settings: Iterable[str]) -> list[str]:

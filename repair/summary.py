@@ -37,6 +37,8 @@ def repair_summary(repair: RepairFolder) -> RenderableType:
         own = info["rates"]["repair"]
         tried = f"the best of {len(own['val_ce'])} that were tried"
         lines.append(Text(f"Learning rate {own['chosen']:g}, {tried}."))
+    if info.get("temperature", 1) != 1:
+        lines.append(Text(f"Logits were divided by {info['temperature']:.3g} in the loss."))
     lines.append(Text(f"Repair folder: {repair.path}"))
     return Group(*lines)
 

@@ -35,6 +35,7 @@ def own_answers(
     guidance: Guidance,
     *,
     own: Sequence[int] | None = None,
+    divisor: float = 1.0,
     batch_size: int = 32,
     seed: int = 0,
     on_image: Callable[[int], None] = lambda images: None,
@@ -49,6 +50,7 @@ def own_answers(
         positions: Of all training images; they lend pixels.
         guidance: What is hidden: an artefact, or what the masks leave out.
         own: Positions of the images whose answers are asked for, all of them when None.
+        divisor: Of the logits.
         batch_size: Images in one pass.
         seed: Of the lenders; an image has the same ones in every process.
         on_image: Called with the number of images that were looked at.
@@ -67,7 +69,7 @@ def own_answers(
     plain = sorted(asked.difference(carriers))
     answers = torch.full((len(folder.records), len(network.card.classes)), torch.nan)
     for batch, said in _said(network, folder, plain, None, batch_size):
-        answers[batch] = said.softmax(dim=1).float()
+        answers[batch] = (said / divisor).softmax(dim=1).float()
         on_image(len(batch))
     sums = torch.zeros_like(answers, dtype=torch.float64)
     for copy in range(COPIES if hidden else 0):
@@ -85,7 +87,7 @@ def own_answers(
             hide_objects=guidance.hides_objects,
         )
         for batch, said in _said(network, folder, hidden, lent, batch_size):
-            sums[batch] += said.log_softmax(dim=1)
+            sums[batch] += (said / divisor).log_softmax(dim=1)
             on_image(len(batch))
     rows = torch.tensor(hidden, dtype=torch.int64)
     answers[rows] = (sums[rows] / COPIES).softmax(dim=1).float()

@@ -215,20 +215,22 @@ def predict(
     images: CrossingTensors,
     parameters: Mapping[str, Tensor] | None = None,
     *,
+    divisor: float = 1.0,
     limit: BatchLimit | None = None,
 ) -> tuple[Predictions, np.ndarray]:
     """Return what the network says about images, and their positions in the folder's records.
 
     Args:
         parameters: The layer's values; its present ones when None.
+        divisor: Of the logits.
         limit: How many images fit in memory; halved where they do not.
     """
 
     def say(rows: slice) -> tuple[Tensor, ...]:
         batch = images.batch(torch.arange(rows.start, rows.stop))
-        logits = split.suffix(batch.crossing, parameters)
-        sure, predicted = logits.double().softmax(dim=1).max(dim=1)
-        nats = cross_entropy(logits.double(), batch.labels)
+        logits = split.suffix(batch.crossing, parameters).double() / divisor
+        sure, predicted = logits.softmax(dim=1).max(dim=1)
+        nats = cross_entropy(logits, batch.labels)
         said = (batch.labels, predicted, nats, sure, batch.positions)
         return tuple(values.cpu() for values in said)
 
@@ -271,8 +273,8 @@ def loss_terms(
     crossing, labels = batch.crossing, batch.labels
     wanted = labels if targets is None else targets[batch.positions].to(labels.device)
     if chosen.looks_at is None:
-        logits = split.suffix(crossing, parameters)
-        return chosen.terms(_exact(logits), None, wanted, config.penalty)
+        logits = _exact(split.suffix(crossing, parameters)) / config.divisor
+        return chosen.terms(logits, None, wanted, config.penalty)
     by_image = config.saliency in ("guided-gradcam", "gradients")
     if by_image and batch.images is None and batch.gates is None:
         raise ValueError(
@@ -293,7 +295,7 @@ def loss_terms(
         # NaN marks a whole image, so that the mean over an area keeps it.
         own = masks.at(batch.positions).to(maps.device, maps.dtype).unsqueeze(1)
         allowed = F.interpolate(own, size=maps.shape[1:], mode="area").squeeze(1)
-    return chosen.terms(_exact(logits), maps, wanted, config.penalty, allowed)
+    return chosen.terms(_exact(logits) / config.divisor, maps, wanted, config.penalty, allowed)
 
 
 def _exact(values: Tensor) -> Tensor:
@@ -550,7 +552,13 @@ def _chunks(rows: Tensor, size: int) -> list[Tensor]:
 def _validate(state: _State, lesson: _Lesson, validation: CrossingTensors) -> Row:
     said = None
     if len(validation) or lesson.team.alone:
-        said, _ = predict(lesson.split, validation, state.leaves, limit=lesson.judging)
+        said, _ = predict(
+            lesson.split,
+            validation,
+            state.leaves,
+            divisor=lesson.config.divisor,
+            limit=lesson.judging,
+        )
     own = [0.0, 0.0, 0.0]
     if said is not None:
         own = [float(said.cross_entropies.sum()), float(said.right.sum()), float(len(said.labels))]

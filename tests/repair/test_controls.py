@@ -96,7 +96,8 @@ def test_every_control_is_recorded_with_its_layer_and_as_many_steps(
     assert drawn in {"block1_conv1", "block3_conv1"}
     steps = {one["steps"] for one in repaired.info["controls"]}
     assert steps == {repaired.info["training"]["steps"]}
-    trained = ["repair", *(name for name in CONTROLS if name not in ("originals", "labels"))]
+    idle = ("originals", "labels", "logits")
+    trained = ["repair", *(name for name in CONTROLS if name not in idle)]
     assert Counter(repaired.history["role"]) == dict.fromkeys(trained, 3)
     assert repaired.info["config"]["controls"] == list(CONTROLS)
     assert repaired.info["controls_left_out"] == {}
@@ -407,7 +408,7 @@ def test_a_layer_whose_trial_clearly_does_less_is_not_the_next_best() -> None:
 
 
 def test_controls_are_read_from_lists_and_from_older_records() -> None:
-    first = ("ce", "shuffled", "originals", "labels")
+    first = ("ce", "shuffled", "originals", "labels", "logits")
     assert (*first, "next-layer", "random-layer") == DEFAULT_CONTROLS
     assert parse_controls("shuffled, ce,ce") == ("ce", "shuffled")
     for text in ("ce,hope", "", "ce,"):

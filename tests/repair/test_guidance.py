@@ -137,14 +137,17 @@ def test_where_there_are_masks_several_images_lend_each_its_background(
     grouped: Run, masks: Path
 ) -> None:
     layer = open_scanned_network(grouped).layer(DAMAGED)
-    choose = frozenset({"loss", "counterfactuals", "donors", "distill"})
+    choose = frozenset({"loss", "counterfactuals", "donors", "distill", "temperature"})
     settled, _ = settle(grouped, layer, CONFIG, choose, masks=masks)
-    assert (settled.loss, settled.counterfactuals) == ("energy", True)
+    assert (settled.loss, settled.counterfactuals, settled.temperature) == ("ce", True, "auto")
+    stated, _ = settle(grouped, layer, CONFIG, choose - {"temperature"}, masks=masks)
+    assert stated.temperature == 1
     assert settled.donors == MASK_DONORS > 1
     kept = replace(CONFIG, donors=3)
     assert settle(grouped, layer, kept, choose - {"donors"}, masks=masks)[0].donors == 3
     by_region, _ = settle(grouped, layer, CONFIG, choose, group="group-2")
-    assert (by_region.counterfactuals, by_region.donors) == (True, 1)
+    assert (by_region.loss, by_region.counterfactuals, by_region.donors) == ("energy", True, 1)
+    assert by_region.temperature == 1
     request = RepairRequest(choose=choose, masks=masks)
     config = replace(CONFIG, epochs=MASK_DONORS + 1, controls=("originals",))
     repaired = repair_layer(grouped, config, request)

@@ -68,12 +68,16 @@ def test_two_processes_give_the_weights_of_one(make_run: MakeRun) -> None:
 
 def test_torchrun_starts_them_too(make_run: MakeRun) -> None:
     run = make_run()
-    given = ("--no-controls", "--json", "--lr", "auto")
-    one = outcome(repair(run, *given))["rates"]["repair"]
+    given = ("--no-controls", "--json", "--lr", "auto", "--temperature", "auto")
+    one = outcome(repair(run, *given))
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    two = outcome(repair(run, *given, launcher=launcher))["rates"]["repair"]
-    assert two["chosen"] == one["chosen"]
-    assert two["val_ce"] == pytest.approx(one["val_ce"], rel=1e-4)
+    two = outcome(repair(run, *given, launcher=launcher))
+    assert (
+        two["temperature"] == pytest.approx(one["temperature"], rel=1e-3) and one["temperature"] > 1
+    )
+    own, shared = (found["rates"]["repair"] for found in (one, two))
+    assert shared["chosen"] == own["chosen"]
+    assert shared["val_ce"] == pytest.approx(own["val_ce"], rel=1e-4)
     first, second = (open_repair(path) for path in sorted((run.path / "repairs").iterdir()))
     weights = load_file(first.weights)
     for name, value in load_file(second.weights).items():
