@@ -150,6 +150,12 @@ def _test_row(name: str, difference: Mapping[str, Any]) -> dict[str, str]:
 def material_sentences(info: Mapping[str, Any]) -> list[str]:
     """Return what a repair learned from beside the images themselves, and which loss it had."""
     config, sentences = info.get("config") or {}, []
+    tried = info.get("layers_tried") or {}
+    if tried:
+        sentences.append(
+            f"Of {count(len(tried))} layers that the scan blames it repaired the one whose short "
+            "repair did most for the validation images."
+        )
     if config.get("loss"):
         sentences.append(f"The loss was {config['loss']}.")
     rate = (info.get("rates") or {}).get("repair")

@@ -65,18 +65,20 @@ from torch import Tensor
 
 from audit.chance import holm
 from audit.networks.program import Program, Split
+from audit.parallel import ALONE
 from repair.cache import CacheKind, CrossingBatch
 from repair.config import AUTO, RepairConfig
 from repair.crossing import further_versions, version_name
 from repair.defaults import ARTEFACT_LOSS, DISTILL
 from repair.image_masks import ImageMasks
-from repair.rates import best_rate, try_rates
+from repair.layer_choice import best_layer, short_repair
+from repair.rates import TRIED_EPOCHS, best_rate, try_rates
 from repair.teaching import mixed_targets
 from repair.temperature import fit_temperature
 from repair.training import Trained, train_layer
 
 SEEDS = (0, 1, 2)
-Place = Literal["flagged", "planted", "last", "all"]
+Place = Literal["flagged", "chosen", "planted", "last", "all"]
 TRUST = RepairConfig(learning_rate=AUTO, controls=())
 
 
@@ -119,6 +121,9 @@ METHODS: dict[str, Method] = {
     "ce, tempered": Method(place="flagged", config=TEMPERED, masked=True, every_draw=True),
     "ce, counterfactuals, tempered": Method(
         place="flagged", config=TEMPERED, changed=True, masked=True, every_draw=True
+    ),
+    "chosen ce, counterfactuals, tempered": Method(
+        place="chosen", config=TEMPERED, changed=True, masked=True, every_draw=True
     ),
     "energy, counterfactuals, tempered": Method(
         place="flagged",
@@ -173,8 +178,9 @@ TUNED = {
 
 DEFAULT = "default"
 BY_ARTEFACT: dict[str, str] = {"biased": "answers", "balanced": "trust"}
-BY_MASKS = "ce, counterfactuals, tempered"
-WITHOUT_MAPS = {"trust": "ce"}
+BY_MASKS = "chosen ce, counterfactuals, tempered"
+OTHERWISE = {"trust": "ce", BY_MASKS: "ce, counterfactuals, tempered"}
+"""For a layer without maps, and where the scan names one layer."""
 EQUAL_DFR = {True: "dfr, counterfactuals, tempered", False: "dfr, counterfactuals"}  # with masks
 CONTROLS = ("ce", "planted ce", "dfr", *EQUAL_DFR.values())
 SUMMARIZED = {
@@ -262,9 +268,11 @@ def main() -> None:
 def applies(case: Case, method: Method) -> bool:
     """Return whether a method is tried on a case: its layer has the maps it needs, and it is known
     what must not matter where the method is told so."""
-    place, loss = layer_of(case, method.place), method.config.loss_function
     if method.masked and case.kind != "background":
         return False
+    if method.place == "chosen":
+        return bool(case.candidates)
+    place, loss = layer_of(case, method.place), method.config.loss_function
     is_told = method.changed or method.config.distill > 0 or loss.needs_masks
     if is_told and not _known(case):
         return False
@@ -291,11 +299,16 @@ def repair_all(
             known[f"{which}_{name}"] = round(predictions_right(program, pool), 4)
     crossed: dict[str, dict[str, Crossing]] = {}
     made: dict[tuple[str, Method], dict[str, Any]] = {}
+    layers_tried: dict[str, float] = {}
     for name, method in methods.items():
-        place = layer_of(case, method.place)
+        if method.place == "chosen":
+            layers_tried = layers_tried or _try_layers(case, given, int(known["seed"]))
+            place = best_layer(layers_tried)
+        else:
+            place = layer_of(case, method.place)
         repair = (place, replace(method, place="planted", every_draw=False))
         if repair in made:  # the planted layer may be the flagged one
-            yield {**made[repair], "method": name}
+            yield {**made[repair], "method": name, **_tried(method, layers_tried)}
             continue
         split = case.faulty.uncut() if place == "all" else case.faulty.split(place)
         if place not in crossed:
@@ -317,6 +330,7 @@ def repair_all(
         started = time.perf_counter()
         config = replace(method.config, seed=int(known["seed"]))
         row = {**known, "method": name, "layer": place, "planted": case.planted}
+        row |= _tried(method, layers_tried)
         if config.temperature == AUTO:
             changed = "_changed" if method.changed else ""
             found = fit_temperature(split, crossed[place][f"validation{changed}"])
@@ -343,6 +357,24 @@ def repair_all(
         print(*shown, row["recovered"], row["damage"], flush=True)
         made[repair] = row
         yield row
+
+
+def _try_layers(case: Case, given: Lessons, seed: int) -> dict[str, float]:
+    """Return what short repairs of the layers come to that the scan leaves."""
+    reached = {}
+    for name in case.candidates:
+        split = case.faulty.split(name)
+        first, *further = (Crossing(split, one) for one in given.train_changed[:TRIED_EPOCHS])
+        validation = Crossing(split, given.validation_changed)
+        config = replace(TEMPERED, seed=seed)
+        reached[name] = short_repair(split, first, validation, config, versions=further, team=ALONE)
+    return reached
+
+
+def _tried(method: Method, layers: Mapping[str, float]) -> dict[str, Any]:
+    if method.place != "chosen":
+        return {}
+    return {"layers_tried": {name: round(entropy, 4) for name, entropy in layers.items()}}
 
 
 def _training(
@@ -404,7 +436,7 @@ def with_default(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if not row.get("told", True):
             picked = "trust"
         if (*_key(row)[:3], picked) not in known:
-            picked = WITHOUT_MAPS[picked]
+            picked = OTHERWISE[picked]
         if row["method"] == picked:
             repeated.append({**row, "method": DEFAULT})
     return [*repeated, *rows]

@@ -50,6 +50,7 @@ from repair.counterfactuals import draw_donors, without_object
 from repair.defaults import MASK_DONORS
 from repair.guidance import outside_cells
 from repair.image_masks import ImageMasks
+from repair.layer_choice import MOST_CANDIDATES
 from repair.teaching import COPIES
 
 Regime = Literal["balanced", "biased"]
@@ -115,6 +116,8 @@ class Case:
         artefact: What an error group of the scan shares; None for backgrounds.
         region: Cells where the network looked in such a group, in its place where nothing is
             shared.
+        candidates: Where there are masks and the scan does not say which layer: those that
+            `repair layer` tries (`repair.layer_choice`).
     """
 
     name: str
@@ -128,6 +131,7 @@ class Case:
     unaffected: Pool
     artefact: Artefact | None = None
     region: tuple[Box, ...] = ()
+    candidates: tuple[str, ...] = ()
 
     @property
     def regimes(self) -> tuple[Regime, ...]:
@@ -321,7 +325,7 @@ def background_cases(work: Path, networks: Sequence[str], training_seed: int) ->
         for number, layer in enumerate(BACKGROUND_LAYERS[name]):
             planted = healthy.layer(layer).name
             kept = work / "planted" / f"{name}-background-{number}-training-{training_seed}"
-            faulty, flagged = _taught_and_scanned(where, planted, number, kept)
+            faulty, found = _taught_and_scanned(where, planted, number, kept)
             case = Case(
                 name=f"{name}-background-{number}",
                 network=name,
@@ -329,7 +333,8 @@ def background_cases(work: Path, networks: Sequence[str], training_seed: int) ->
                 healthy=healthy,
                 faulty=faulty,
                 planted=planted,
-                flagged=flagged,
+                flagged=_to_repair(found),
+                candidates=_candidates(found, faulty),
                 conflicting=judged.rows(against),
                 unaffected=judged.rows(~against),
             )
@@ -342,9 +347,21 @@ def background_cases(work: Path, networks: Sequence[str], training_seed: int) ->
     return cases
 
 
-def _taught_and_scanned(where: Scene, layer: str, number: int, kept: Path) -> tuple[Program, str]:
-    """Return the network that one layer taught to go by the light, and the layer that a scan would
-    have repaired; both are kept in files, for the next run."""
+def _candidates(row: Mapping[str, Any], faulty: Program) -> tuple[str, ...]:
+    """Return the layers that short repairs choose among, none where the scan named one."""
+    if len(row["named"]) == 1:
+        return ()
+    names = [layer.name for layer in faulty.layers]
+    if not row["named"] and len(names) > MOST_CANDIDATES:
+        raise ValueError("which layers are blamed most is not kept; scan the fault again")
+    return tuple(name for name in names if not row["named"] or name in row["named"])
+
+
+def _taught_and_scanned(
+    where: Scene, layer: str, number: int, kept: Path
+) -> tuple[Program, dict[str, Any]]:
+    """Return the network that one layer taught to go by the light, and what a scan found; both are
+    kept in files, for the next run."""
     weights, found = kept.with_suffix(".safetensors"), kept.with_suffix(".json")
     if not found.exists():
         faulty = _with_background(where, layer, seed=number)
@@ -354,7 +371,7 @@ def _taught_and_scanned(where: Scene, layer: str, number: int, kept: Path) -> tu
         row = localize.scan_result(faulty, where, "background", number, None)
         found.write_text(json.dumps(row) + "\n")
     faulty = where.program.with_state(safetensors.torch.load_file(weights))
-    return faulty, _to_repair(json.loads(found.read_text()))
+    return faulty, json.loads(found.read_text())
 
 
 def _background_lessons(case: Case, regime: Regime, seed: int) -> Lessons:

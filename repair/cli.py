@@ -21,6 +21,7 @@ from repair.export_cli import export_command
 from repair.grid_cli import grid_command
 from repair.losses import LOSSES
 from repair.options import (
+    AnyLayerOption,
     AnyRateOption,
     BalanceOption,
     BatchSizeOption,
@@ -28,7 +29,6 @@ from repair.options import (
     DeviceOption,
     EpochsOption,
     GroupOption,
-    LayerOption,
     MasksOption,
     ModelOption,
     NoR1Option,
@@ -62,7 +62,7 @@ def main() -> None:
 @app.command("layer")
 def layer_command(
     context: typer.Context,
-    name: LayerOption = None,
+    name: AnyLayerOption = None,
     run: RunOption = None,
     train: TrainOption = None,
     loss: Annotated[

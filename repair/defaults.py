@@ -43,7 +43,7 @@ artefact."""
 
 def settle(
     run: Run,
-    layer: Layer,
+    layer: Layer | None,
     config: RepairConfig,
     choose: Collection[str],
     *,
@@ -54,7 +54,8 @@ def settle(
 
     Args:
         run: The scan.
-        layer: To be repaired; one without maps has plain cross entropy.
+        layer: To be repaired; one without maps has plain cross entropy. None where it is not yet
+            known.
         config: The settings.
         choose: Which of `loss`, `counterfactuals`, `donors`, `distill` and `temperature` the run
             decides.
@@ -77,7 +78,7 @@ def settle(
         loss, reason = UNGUIDED_LOSS, "what misleads the network is often wrong in these images"
     else:
         loss, reason = UNGUIDED_LOSS, "nothing says where the network may look"
-    if not layer.has_maps and loss != "ce":
+    if layer is not None and not layer.has_maps and loss != "ce":
         loss, reason = "ce", f"{layer.name} has no maps"
     config = replace(config, loss=loss)
     if "counterfactuals" in choose and source is not None:

@@ -51,7 +51,8 @@ from repair.crossing import (
 )
 from repair.decision import Predictions, compare, decide, judge_changed
 from repair.defaults import settle
-from repair.guidance import Guidance
+from repair.guidance import Guidance, guidance_source
+from repair.layer_choice import best_layer, layer_candidates, try_layers
 from repair.maps import GALLERY_METHOD, choose_gallery, map_similarity, true_class_maps
 from repair.material import (
     CHANGED,
@@ -86,7 +87,8 @@ class RepairRequest:
     """What to repair and with what at hand; the numbers are decided by `RepairConfig`.
 
     Attributes:
-        layer: Module path or alias; the layer that the scan flagged when None.
+        layer: Module path or alias, or `auto` for the one of those that the scan blames whose short
+            repair does most; the layer that the scan flagged when None.
         train: Folder of further training images.
         data: Where the run's images are, if they have moved.
         model: Where the run's model is, if it has moved.
@@ -145,7 +147,8 @@ def repair_layer(
     resumed = _unfinished(run, request) if request.resume else None
     if resumed is not None:
         config, request = _recorded_settings(resumed, config, request)
-    name = request.layer or flagged_layer(run)
+    if request.layer is None:
+        flagged_layer(run, otherwise=_TRY_THEM)  # says so where there is none
     network = open_scanned_network(
         run,
         model=request.model,
@@ -153,6 +156,10 @@ def repair_layer(
         trust_pickle=request.trust_pickle,
         code=request.code,
     )
+    images = RepairImages.open(
+        run, network, data=request.data, train=request.train, seed=config.seed
+    )
+    name, tried = _layer_to_repair(run, network, images, config, request, team)
     layer = network.layer(name)
     settled = None
     if resumed is None:
@@ -160,9 +167,6 @@ def repair_layer(
             run, layer, config, request.choose, masks=request.masks, group=request.group
         )
     check_has_maps(layer, config)
-    images = RepairImages.open(
-        run, network, data=request.data, train=request.train, seed=config.seed
-    )
     guide = find_guide(run, network, images, config, masks=request.masks, group=request.group)
     guidance = guide(layer)  # refused before a folder is made
     hidden = hidden_pixels(run, network, images, config, masks=request.masks, group=request.group)
@@ -172,6 +176,8 @@ def repair_layer(
     record["counterfactuals"] = {
         split: len(made[0].donors) for split, made in counterfactuals.items() if split != CHANGED
     }
+    if tried:
+        record["layers_tried"] = tried
     repair = resumed
     if repair is None:
         name = run.start_repair(layer.name, record).name if team.leads else ""
@@ -231,8 +237,14 @@ def repair_layer(
     return repair
 
 
-def flagged_layer(run: Run) -> str:
+_TRY_THEM = ", or try them on what a repair learns from by --name auto"
+
+
+def flagged_layer(run: Run, *, otherwise: str = "") -> str:
     """Return the layer that the run's verdict would have repaired.
+
+    Args:
+        otherwise: What else the error tells to do.
 
     Raises:
         RunError: It flags none.
@@ -243,9 +255,59 @@ def flagged_layer(run: Run) -> str:
         most = f", such as --name {best}, whose short repair did most" if best else ""
         raise RunError(
             f"the scan found no layer at fault (verdict: {verdict}); to repair one all the same, "
-            f"name it with --name LAYER{most}"
+            f"name it with --name LAYER{most}{otherwise}"
         )
     return flagged
+
+
+def _layer_to_repair(
+    run: Run,
+    network: Network,
+    images: RepairImages,
+    config: RepairConfig,
+    request: RepairRequest,
+    team: Team,
+) -> tuple[str, dict[str, float]]:
+    """Return the layer that is asked for, and what each came to that was tried where none is.
+
+    Where the verdict names several layers and there are masks, which the scan does not learn from,
+    short repairs choose among them; of all that are blamed most where `auto` is asked for.
+    """
+    asked = request.layer
+    if asked not in (None, AUTO):
+        return str(asked), {}
+    masks, group = request.masks, request.group
+    config, _ = settle(run, None, config, request.choose, masks=masks, group=group)
+    masked = "loss" in request.choose and isinstance(
+        guidance_source(run, masks=masks, group=group), Path
+    )
+    unsure = run.verdict.get("verdict") == "spread" and masked
+    if asked is None and not unsure:
+        return flagged_layer(run), {}
+    names = layer_candidates(run)
+    if not names:
+        raise RunError("the scan ranks no layer; name the one to repair with --name LAYER")
+    hidden = hidden_pixels(run, network, images, config, masks=masks, group=group)
+    made = make_counterfactuals(network, images, config, hidden)
+    with console.progress("trying short repairs, layers", len(names)) as bar:
+        tried = try_layers(
+            network,
+            names,
+            images.folder,
+            _dealt(images.positions, team),
+            config,
+            choose_room(request.cache_gib, 0),
+            counterfactuals=made,
+            team=team,
+            on_skip=images.skip,
+            on_tried=bar.advance,
+        )
+    chosen = best_layer(tried)
+    console.say(
+        f"the layer is {chosen}: of {len(names)} that the scan blames, its short repair does most "
+        "for the validation images; --name LAYER names another"
+    )
+    return chosen, tried
 
 
 _NOTHING = Predictions(
@@ -783,9 +845,9 @@ def _ranked_layers(run: Run, but: str) -> list[str]:
 def _unfinished(run: Run, request: RepairRequest) -> RepairFolder:
     for repair in run.repairs:
         names = (repair.layer, repair.info.get("alias"))
-        if repair.status != "complete" and request.layer in (None, *names):
+        if repair.status != "complete" and request.layer in (None, AUTO, *names):
             return repair
-    which = f" of {request.layer}" if request.layer else ""
+    which = f" of {request.layer}" if request.layer not in (None, AUTO) else ""
     raise RunError(f"no unfinished repair{which} in {run.path}; start one without --resume")
 
 

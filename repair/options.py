@@ -13,6 +13,7 @@ from repair.config import AUTO, OPTIMIZERS, SALIENCIES, SCHEDULES
 from repair.losses import LOSSES, SCALES
 
 __all__ = [
+    "AnyLayerOption",
     "AnyRateOption",
     "BalanceOption",
     "BatchSizeOption",
@@ -58,6 +59,15 @@ ModelOption = Annotated[
 LayerOption = Annotated[
     str | None,
     typer.Option(help="Module path or alias; the flagged layer by default.", metavar="LAYER"),
+]
+AnyLayerOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Module path or alias; auto: of those that the scan blames the one whose short repair "
+        "does most. By default the flagged layer, or auto where a scan names several and there are "
+        "masks.",
+        metavar="LAYER|auto",
+    ),
 ]
 TrainOption = Annotated[
     Path | None,

@@ -31,6 +31,10 @@ def repair_summary(repair: RepairFolder) -> RenderableType:
     lines += _after(info)
     if info.get("ssim"):
         lines.append(Text(f"Maps before and after: SSIM {_interval(info['ssim'], digits=3)}"))
+    if info.get("layers_tried"):
+        lines.append(
+            Text(f"The layer is the best of {len(info['layers_tried'])} by short repairs of each.")
+        )
     kept = "the last" if info["config"].get("keep") == "last" else "by validation"
     lines.append(Text(f"Weights of epoch {info['training']['best_epoch']}, {kept}."))
     if "rates" in info:
