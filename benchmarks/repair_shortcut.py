@@ -60,7 +60,17 @@ import torch
 from faults import Pool, predictions_right
 from results_file import configuration, print_table, read_rows, write_results
 from scipy.stats import binomtest
-from shortcut_cases import KINDS, REGIMES, Case, Lessons, all_cases, lessons, mark_cases
+from shortcut_cases import (
+    KINDS,
+    MARKS,
+    REGIMES,
+    Case,
+    Lessons,
+    all_cases,
+    background_cases,
+    lessons,
+    mark_cases,
+)
 from torch import Tensor
 
 from audit.chance import holm
@@ -164,6 +174,23 @@ METHODS: dict[str, Method] = {
 
 PLACES: tuple[Place, ...] = ("planted", "flagged")
 TUNING_DRAW, TUNING_CASES = 10, 4  # of each network and kind
+TUNING_DRAWS = (10, 11, 12)  # for backgrounds
+TUNED_MASKS = {
+    **{
+        name: METHODS[name]
+        for name in ("ce, counterfactuals, tempered", "chosen ce, counterfactuals, tempered")
+    },
+    **{
+        f"planted {loss}, counterfactuals{end}": Method(
+            place="planted",
+            config=_settings(loss=loss, temperature=temperature),
+            changed=True,
+            masked=True,
+        )
+        for loss in ("ce", "energy")
+        for end, temperature in (("", 1.0), (", tempered", AUTO))
+    },
+}
 TUNED = {
     f"{place} {loss}, {share:.1f}": Method(
         place=place,
@@ -226,7 +253,11 @@ def main() -> None:
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument(
-        "--methods", nargs="+", choices=[*METHODS, *TUNED], metavar="NAME", help="of those tried"
+        "--methods",
+        nargs="+",
+        choices=[*METHODS, *TUNED, *TUNED_MASKS],
+        metavar="NAME",
+        help="of those tried",
     )
     parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=list(SEEDS))
     parser.add_argument(
@@ -239,29 +270,44 @@ def main() -> None:
     if options.action == "report":
         report(with_committed(_read(options.work)))
         return
-    kept, draws, tried = options.work / f"rows-{options.part}.jsonl", options.seeds, METHODS
     given_faults = (options.faults, options.networks, options.training_seed)
-    if options.action == "tune":
-        kept, draws, tried = options.work / "tuned.jsonl", [TUNING_DRAW], TUNED
-        cases: Sequence[Case] = mark_cases(*given_faults, tuning=True, at_most=TUNING_CASES)
-    else:
+    if options.action == "train":
         cases = all_cases(*given_faults, options.kinds)
-    done = {_key(row) for row in _read(options.work, "tuned" if tried is TUNED else "rows-*")}
+        _train(cases, METHODS, options.seeds, f"rows-{options.part}", options)
+        return
+    if set(MARKS) & set(options.kinds):
+        marked = mark_cases(*given_faults, tuning=True, at_most=TUNING_CASES)
+        _train(marked, TUNED, [TUNING_DRAW], "tuned", options)
+    if "background" in options.kinds:
+        taught = background_cases(*given_faults, tuning=True)
+        _train(taught, TUNED_MASKS, TUNING_DRAWS, "tuned-masks", options)
+        report_tuning(_read(options.work, "tuned-masks"))
+
+
+def _train(
+    cases: Sequence[Case],
+    tried: Mapping[str, Method],
+    draws: Sequence[int],
+    name: str,
+    options: argparse.Namespace,
+) -> None:
+    """Repair the cases by the methods, and keep the rows in a file of that name."""
+    done = {_key(row) for row in _read(options.work, "rows-*" if tried is METHODS else name)}
     for seed in draws:
         for case in cases[options.part :: options.parts]:
             for regime in case.regimes:
                 methods = {
-                    name: method
-                    for name, method in tried.items()
+                    which: method
+                    for which, method in tried.items()
                     if applies(case, method)
-                    and (options.methods is None or name in options.methods)
-                    and (method.every_draw or seed == SEEDS[0])
-                    and (case.name, regime, seed, name) not in done
+                    and (options.methods is None or which in options.methods)
+                    and (method.every_draw or tried is not METHODS or seed == SEEDS[0])
+                    and (case.name, regime, seed, which) not in done
                 }
                 if methods:
                     given = lessons(case, regime, seed, options.faults)
                     for row in repair_all(case, given, methods, {"regime": regime, "seed": seed}):
-                        with kept.open("a") as stream:
+                        with (options.work / f"{name}.jsonl").open("a") as stream:
                             stream.write(json.dumps(row) + "\n")
 
 
@@ -543,6 +589,34 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
     ]
     path = write_results("repair_shortcut", summary=summary, config=config, rows=[*tables, *bare])
     print(path)
+
+
+def report_tuning(rows: Sequence[dict[str, Any]]) -> None:
+    """Say what the repairs by masks were chosen by."""
+    rows = [{**row, "damage": _damage(row)} for row in rows]
+    tables = []
+    for regime in REGIMES:
+        own = [row for row in rows if row["regime"] == regime]
+        tables += [_table(regime, "background", name, own) for name in TUNED_MASKS]
+    print_table("Backgrounds for tuning", tables)
+    summary = {
+        f"{key}_{table['method'].replace(',', '').replace(' ', '_')}_{table['regime']}": table[key]
+        for table in tables
+        for key in ("recovered", "damage")
+        if table["repairs"]
+    }
+    config = configuration(
+        "cpu",
+        seeds=sorted({row["seed"] for row in rows}),
+        cases=sorted({row["case"] for row in rows}),
+        settings={name: method.config.as_dict() for name, method in TUNED_MASKS.items()},
+    )
+    bare = [{k: v for k, v in row.items() if not k.endswith("_right")} for row in rows]
+    print(
+        write_results(
+            "repair_shortcut_tuning", summary=summary, config=config, rows=[*tables, *bare]
+        )
+    )
 
 
 def _table(regime: str, kind: str, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

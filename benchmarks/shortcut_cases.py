@@ -74,6 +74,11 @@ BACKGROUND_LAYERS = {
     "vgg": ("block3_conv2", "block4_conv2"),
     "efficientnet": ("blocks.3.2.conv_pw", "blocks.5.1.conv_pwl"),
 }
+TUNING_LAYERS = {
+    "resnet": ("layer2.1.conv1", "layer3.0.conv2"),
+    "vgg": ("block5_conv1", "block3_conv1"),
+}
+TUNING_SEED = 10  # of the first of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,11 +308,14 @@ class _Pictures:
         return self.pool.rows(chosen)
 
 
-def background_cases(work: Path, networks: Sequence[str], training_seed: int) -> list[Case]:
+def background_cases(
+    work: Path, networks: Sequence[str], training_seed: int, *, tuning: bool = False
+) -> list[Case]:
     """Return networks that one layer taught to go by the light; those that did not take are left
-    out and named on the terminal."""
+    out and named on the terminal. For tuning it is other layers, taught by other seeds."""
     cases = []
-    for name in (name for name in networks if name in BACKGROUND_LAYERS):
+    layers, first = (TUNING_LAYERS, TUNING_SEED) if tuning else (BACKGROUND_LAYERS, 0)
+    for name in (name for name in networks if name in layers):
         side = SIDES[name]
         learned = _pictures(3000, "train", 0.5, 1, side)
         judged = _pictures(2 * JUDGED, "test", 0.5, 2, side)
@@ -322,7 +330,7 @@ def background_cases(work: Path, networks: Sequence[str], training_seed: int) ->
         )
         right = faults.predictions_right(healthy, judged.pool)
         print(f"{name}: {right:.3f} of the test pictures right", flush=True)
-        for number, layer in enumerate(BACKGROUND_LAYERS[name]):
+        for number, layer in enumerate(layers[name], start=first):
             planted = healthy.layer(layer).name
             kept = work / "planted" / f"{name}-background-{number}-training-{training_seed}"
             faulty, found = _taught_and_scanned(where, planted, number, kept)
