@@ -23,6 +23,7 @@ ROLES = {  # of a training's history: what the legend calls it, and its color
     "shuffled": ("control: shuffled maps", "#d9652b"),
     "originals": ("control: images as they are", "#52b0c7"),
     "labels": ("control: labels alone", "#c48a9f"),
+    "logits": ("control: logits as they are", "#9c5a3c"),
     "next-layer": ("control: next best layer", "#3f9b6d"),
     "random-layer": ("control: random layer", "#b8992e"),
     "last-layer": ("control: last linear layer", "#6d7680"),

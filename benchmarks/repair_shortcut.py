@@ -20,10 +20,12 @@ each fault, in every photo alike; for backgrounds the mask. `trust` is the paper
 itself where the mark, or the background, is another photo's (`repair.teaching`). `planted` is the
 layer at fault, the other rows are of the layer that the scan would have repaired. `default` is what
 `repair layer` does then (`repair.defaults`): for marks `answers` where the photos are biased, which
-a scan of them counts, and `trust` where they are balanced or a scan found no group; for backgrounds
-`energy` on counterfactuals, since masks say nothing about that, where in turn several photos lend
-each what lies around its object (`one donor`: always the same); cross
-entropy for a loss of maps in a layer that has none. Controls: plain cross entropy (`ce`), the maps
+a scan of them counts, and `trust` where they are balanced or a scan found no group, cross entropy
+in a layer that has no maps; for backgrounds, since masks say nothing about that, cross entropy on
+counterfactuals, where in turn several photos lend each what lies around its object (`one donor`:
+always the same), of logits at the temperature of the validation photos (`tempered`;
+`repair.temperature`), in the layer that short repairs choose where the scan names several or none
+(`chosen`; `repair.layer_choice`). Controls: plain cross entropy (`ce`), the maps
 of other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 2022), all layers
 (`full`), all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's
 against `ce` on the same layer, all faults and draws together, corrected after Holm. What the
@@ -34,14 +36,18 @@ painted over, which would tell biased backgrounds from balanced ones; nothing go
 
 That share, and cross entropy for `energy`, were chosen on faults of other planting seeds (104 to
 126, VGG) and another draw of photos, at a learning rate of 0.01: `tune` repeats that, and keeps its
-rows in WORK/tuned.jsonl.
+rows in WORK/tuned.jsonl. What is done with masks was chosen on backgrounds of other layers, which
+`tune` repairs too; `check` repairs those of a third set, planted after it was chosen. The photos
+are other draws, the results files `repair_shortcut_tuning.json` and `repair_shortcut_check.json`.
 
 Rows are kept as they come in WORK/rows.jsonl; a run goes on where the last one stopped. Faults that
 have no row there keep those of the results file.
 
     LAYERMEND_DATA=... python benchmarks/repair_shortcut.py train [--part 0 --parts 2]
     LAYERMEND_DATA=... python benchmarks/repair_shortcut.py report
-    LAYERMEND_DATA=... python benchmarks/repair_shortcut.py tune --networks vgg
+    LAYERMEND_DATA=... python benchmarks/repair_shortcut.py tune --networks vgg --kinds watermark
+    LAYERMEND_DATA=... python benchmarks/repair_shortcut.py tune --kinds background
+    LAYERMEND_DATA=... python benchmarks/repair_shortcut.py check --kinds background
 """
 
 from __future__ import annotations
@@ -174,11 +180,15 @@ METHODS: dict[str, Method] = {
 
 PLACES: tuple[Place, ...] = ("planted", "flagged")
 TUNING_DRAW, TUNING_CASES = 10, 4  # of each network and kind
-TUNING_DRAWS = (10, 11, 12)  # for backgrounds
+FURTHER_DRAWS = {"tuning": (10, 11, 12), "check": (20, 21)}  # for backgrounds
 TUNED_MASKS = {
     **{
         name: METHODS[name]
-        for name in ("ce, counterfactuals, tempered", "chosen ce, counterfactuals, tempered")
+        for name in (
+            "ce, counterfactuals, tempered",
+            "chosen ce, counterfactuals, tempered",
+            "energy, counterfactuals",
+        )
     },
     **{
         f"planted {loss}, counterfactuals{end}": Method(
@@ -245,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("action", choices=["train", "report", "tune"])
+    parser.add_argument("action", choices=["train", "report", "tune", "check"])
     parser.add_argument("--part", type=int, default=0, help="of the cases, to share the work")
     parser.add_argument("--parts", type=int, default=1)
     parser.add_argument(
@@ -275,13 +285,14 @@ def main() -> None:
         cases = all_cases(*given_faults, options.kinds)
         _train(cases, METHODS, options.seeds, f"rows-{options.part}", options)
         return
-    if set(MARKS) & set(options.kinds):
+    if options.action == "tune" and set(MARKS) & set(options.kinds):
         marked = mark_cases(*given_faults, tuning=True, at_most=TUNING_CASES)
         _train(marked, TUNED, [TUNING_DRAW], "tuned", options)
     if "background" in options.kinds:
-        taught = background_cases(*given_faults, tuning=True)
-        _train(taught, TUNED_MASKS, TUNING_DRAWS, "tuned-masks", options)
-        report_tuning(_read(options.work, "tuned-masks"))
+        which = {"tune": "tuning", "check": "check"}[options.action]
+        taught = background_cases(*given_faults, further=which)
+        _train(taught, TUNED_MASKS, FURTHER_DRAWS[which], f"{which}-masks", options)
+        report_further(_read(options.work, f"{which}-masks"), which)
 
 
 def _train(
@@ -591,14 +602,15 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
     print(path)
 
 
-def report_tuning(rows: Sequence[dict[str, Any]]) -> None:
-    """Say what the repairs by masks were chosen by."""
+def report_further(rows: Sequence[dict[str, Any]], which: str) -> None:
+    """Say what the repairs by masks were chosen by, or what they do where nothing was chosen."""
+    rows = with_default(rows)
     rows = [{**row, "damage": _damage(row)} for row in rows]
     tables = []
     for regime in REGIMES:
         own = [row for row in rows if row["regime"] == regime]
-        tables += [_table(regime, "background", name, own) for name in TUNED_MASKS]
-    print_table("Backgrounds for tuning", tables)
+        tables += [_table(regime, "background", name, own) for name in (DEFAULT, *TUNED_MASKS)]
+    print_table(f"Backgrounds, {which}", tables)
     summary = {
         f"{key}_{table['method'].replace(',', '').replace(' ', '_')}_{table['regime']}": table[key]
         for table in tables
@@ -611,12 +623,13 @@ def report_tuning(rows: Sequence[dict[str, Any]]) -> None:
         cases=sorted({row["case"] for row in rows}),
         settings={name: method.config.as_dict() for name, method in TUNED_MASKS.items()},
     )
-    bare = [{k: v for k, v in row.items() if not k.endswith("_right")} for row in rows]
-    print(
-        write_results(
-            "repair_shortcut_tuning", summary=summary, config=config, rows=[*tables, *bare]
-        )
-    )
+    bare = [
+        {k: v for k, v in row.items() if not k.endswith("_right")}
+        for row in rows
+        if row["method"] != DEFAULT
+    ]
+    name = f"repair_shortcut_{which}"
+    print(write_results(name, summary=summary, config=config, rows=[*tables, *bare]))
 
 
 def _table(regime: str, kind: str, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -74,11 +74,22 @@ BACKGROUND_LAYERS = {
     "vgg": ("block3_conv2", "block4_conv2"),
     "efficientnet": ("blocks.3.2.conv_pw", "blocks.5.1.conv_pwl"),
 }
-TUNING_LAYERS = {
-    "resnet": ("layer2.1.conv1", "layer3.0.conv2"),
-    "vgg": ("block5_conv1", "block3_conv1"),
+FURTHER_LAYERS: dict[str, tuple[int, dict[str, tuple[str, ...]]]] = {  # with the first one's seed
+    "tuning": (
+        10,
+        {
+            "resnet": ("layer2.1.conv1", "layer3.0.conv2"),
+            "vgg": ("block5_conv1", "block3_conv1"),
+        },
+    ),
+    "check": (  # planted and looked at after everything was decided
+        20,
+        {
+            "resnet": ("layer1.1.conv2", "layer2.1.conv2", "layer3.0.conv1", "layer4.0.conv1"),
+            "vgg": ("block2_conv2", "block3_conv3", "block4_conv3", "block5_conv2"),
+        },
+    ),
 }
-TUNING_SEED = 10  # of the first of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,12 +320,12 @@ class _Pictures:
 
 
 def background_cases(
-    work: Path, networks: Sequence[str], training_seed: int, *, tuning: bool = False
+    work: Path, networks: Sequence[str], training_seed: int, *, further: str | None = None
 ) -> list[Case]:
     """Return networks that one layer taught to go by the light; those that did not take are left
-    out and named on the terminal. For tuning it is other layers, taught by other seeds."""
+    out and named on the terminal. Further ones are other layers, taught by other seeds."""
     cases = []
-    layers, first = (TUNING_LAYERS, TUNING_SEED) if tuning else (BACKGROUND_LAYERS, 0)
+    first, layers = FURTHER_LAYERS[further] if further else (0, BACKGROUND_LAYERS)
     for name in (name for name in networks if name in layers):
         side = SIDES[name]
         learned = _pictures(3000, "train", 0.5, 1, side)
