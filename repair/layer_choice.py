@@ -61,7 +61,8 @@ def try_layers(
         names: Of the layers.
         folder: The images.
         positions: This process's part of them, by split.
-        config: The settings of the repair; its loss and its temperature are not read.
+        config: The settings of the repair; its loss and its temperature are not read, and classes
+            weigh alike.
         room: For what crosses the cut of one layer.
         counterfactuals: By split, what takes the place of its images.
         team: Processes that share the images; all get the same.
