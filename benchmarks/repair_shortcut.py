@@ -24,15 +24,16 @@ a scan of them counts, and `trust` where they are balanced or a scan found no gr
 in a layer that has no maps; for backgrounds, since masks say nothing about that, cross entropy on
 counterfactuals, where in turn several photos lend each what lies around its object (`one donor`:
 always the same), of logits at the temperature of the validation photos (`tempered`;
-`repair.temperature`), in the layer that short repairs choose where the scan names several or none
-(`chosen`; `repair.layer_choice`). Controls: plain cross entropy (`ce`), the maps
-of other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al. 2022), all layers
-(`full`), all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022). Tests are McNemar's
-against `ce` on the same layer, all faults and draws together, corrected after Holm. What the
-table's claims are of is done with three draws of photos, the other losses and controls with the
-first; EfficientNet-Lite0 has the first alone. Where the scan names the planted layer, a repair of
-both is one. `right_around`: how often the faulty network is right on photos with the objects
-painted over, which would tell biased backgrounds from balanced ones; nothing goes by it.
+`repair.temperature`); where the scan names no layer, in the one that short repairs choose
+(`chosen`; `repair.layer_choice`), as `repair layer` tells to. Controls: plain cross entropy
+(`ce`), the maps of other photos (`shuffled`), the last linear layer (`dfr`; Kirichenko et al.
+2022), all layers (`full`), all layers by relative gradient norm (`auto-rgn`; Lee et al. 2022).
+Tests are McNemar's against `ce` on the same layer, all faults and draws together, corrected after
+Holm. What the table's claims are of is done with three draws of photos, the other losses and
+controls with the first; EfficientNet-Lite0 has the first alone. Where the scan names the planted
+layer, a repair of both is one. `right_around`: how often the faulty network is right on photos
+with the objects painted over, which would tell biased backgrounds from balanced ones; nothing goes
+by it.
 
 That share, and cross entropy for `energy`, were chosen on faults of other planting seeds (104 to
 126, VGG) and another draw of photos, at a learning rate of 0.01: `tune` repeats that, and keeps its
@@ -215,9 +216,9 @@ TUNED = {
 
 DEFAULT = "default"
 BY_ARTEFACT: dict[str, str] = {"biased": "answers", "balanced": "trust"}
-BY_MASKS = "chosen ce, counterfactuals, tempered"
-OTHERWISE = {"trust": "ce", BY_MASKS: "ce, counterfactuals, tempered"}
-"""For a layer without maps, and where the scan names one layer."""
+BY_MASKS = "ce, counterfactuals, tempered"
+UNNAMED = f"chosen {BY_MASKS}"
+WITHOUT_MAPS = {"trust": "ce"}
 EQUAL_DFR = {True: "dfr, counterfactuals, tempered", False: "dfr, counterfactuals"}  # with masks
 CONTROLS = ("ce", "planted ce", "dfr", *EQUAL_DFR.values())
 SUMMARIZED = {
@@ -348,6 +349,8 @@ def repair_all(
     known = {"case": case.name, "network": case.network, "kind": case.kind, **known}
     if not _known(case):
         known["told"] = False
+    if case.unnamed:
+        known["unnamed"] = True
     if given.around_right is not None:
         known["right_around"] = given.around_right
     pools = {"conflicting": case.conflicting, "unaffected": case.unaffected}
@@ -490,10 +493,12 @@ def with_default(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     repeated, known = [], {_key(row) for row in rows}
     for row in rows:
         picked = BY_MASKS if row["kind"] == "background" else BY_ARTEFACT[row["regime"]]
+        if row.get("unnamed"):
+            picked = UNNAMED
         if not row.get("told", True):
             picked = "trust"
         if (*_key(row)[:3], picked) not in known:
-            picked = OTHERWISE[picked]
+            picked = WITHOUT_MAPS[picked]
         if row["method"] == picked:
             repeated.append({**row, "method": DEFAULT})
     return [*repeated, *rows]

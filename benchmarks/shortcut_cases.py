@@ -132,8 +132,9 @@ class Case:
         artefact: What an error group of the scan shares; None for backgrounds.
         region: Cells where the network looked in such a group, in its place where nothing is
             shared.
-        candidates: Where there are masks and the scan does not say which layer: those that
-            `repair layer` tries (`repair.layer_choice`).
+        candidates: Where there are masks and the scan does not name one layer: those that
+            `repair layer --name auto` tries (`repair.layer_choice`).
+        unnamed: Whether there are masks and it names none, so that `repair layer` tells to do that.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Case:
     artefact: Artefact | None = None
     region: tuple[Box, ...] = ()
     candidates: tuple[str, ...] = ()
+    unnamed: bool = False
 
     @property
     def regimes(self) -> tuple[Regime, ...]:
@@ -354,6 +356,7 @@ def background_cases(
                 planted=planted,
                 flagged=_to_repair(found),
                 candidates=_candidates(found, faulty),
+                unnamed=not found["named"],
                 conflicting=judged.rows(against),
                 unaffected=judged.rows(~against),
             )

@@ -51,7 +51,7 @@ from repair.crossing import (
 )
 from repair.decision import Predictions, compare, decide, judge_changed
 from repair.defaults import settle
-from repair.guidance import Guidance, guidance_source
+from repair.guidance import Guidance
 from repair.layer_choice import best_layer, layer_candidates, try_layers
 from repair.maps import GALLERY_METHOD, choose_gallery, map_similarity, true_class_maps
 from repair.material import (
@@ -147,8 +147,7 @@ def repair_layer(
     resumed = _unfinished(run, request) if request.resume else None
     if resumed is not None:
         config, request = _recorded_settings(resumed, config, request)
-    if request.layer is None:
-        flagged_layer(run, otherwise=_TRY_THEM)  # says so where there is none
+    name = request.layer or flagged_layer(run, otherwise=_TRY_THEM)
     network = open_scanned_network(
         run,
         model=request.model,
@@ -159,7 +158,10 @@ def repair_layer(
     images = RepairImages.open(
         run, network, data=request.data, train=request.train, seed=config.seed
     )
-    name, tried = _layer_to_repair(run, network, images, config, request, team)
+    tried: dict[str, float] = {}
+    if name == AUTO:
+        tried = _try_layers(run, network, images, config, request, team)
+        name = best_layer(tried)
     layer = network.layer(name)
     settled = None
     if resumed is None:
@@ -260,33 +262,20 @@ def flagged_layer(run: Run, *, otherwise: str = "") -> str:
     return flagged
 
 
-def _layer_to_repair(
+def _try_layers(
     run: Run,
     network: Network,
     images: RepairImages,
     config: RepairConfig,
     request: RepairRequest,
     team: Team,
-) -> tuple[str, dict[str, float]]:
-    """Return the layer that is asked for, and what each came to that was tried where none is.
-
-    Where the verdict names several layers and there are masks, which the scan does not learn from,
-    short repairs choose among them; of all that are blamed most where `auto` is asked for.
-    """
-    asked = request.layer
-    if asked not in (None, AUTO):
-        return str(asked), {}
-    masks, group = request.masks, request.group
-    config, _ = settle(run, None, config, request.choose, masks=masks, group=group)
-    masked = "loss" in request.choose and isinstance(
-        guidance_source(run, masks=masks, group=group), Path
-    )
-    unsure = run.verdict.get("verdict") == "spread" and masked
-    if asked is None and not unsure:
-        return flagged_layer(run), {}
+) -> dict[str, float]:
+    """Return what short repairs of the layers come to that the scan blames."""
     names = layer_candidates(run)
     if not names:
         raise RunError("the scan ranks no layer; name the one to repair with --name LAYER")
+    masks, group = request.masks, request.group
+    config, _ = settle(run, None, config, request.choose, masks=masks, group=group)
     hidden = hidden_pixels(run, network, images, config, masks=masks, group=group)
     made = make_counterfactuals(network, images, config, hidden)
     with console.progress("trying short repairs, layers", len(names)) as bar:
@@ -302,12 +291,11 @@ def _layer_to_repair(
             on_skip=images.skip,
             on_tried=bar.advance,
         )
-    chosen = best_layer(tried)
     console.say(
-        f"the layer is {chosen}: of {len(names)} that the scan blames, its short repair does most "
-        "for the validation images; --name LAYER names another"
+        f"the layer is {best_layer(tried)}: of {len(names)} that the scan blames, its short repair "
+        "does most for the validation images; --name LAYER names another"
     )
-    return chosen, tried
+    return tried
 
 
 _NOTHING = Predictions(

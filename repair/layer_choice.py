@@ -1,4 +1,4 @@
-"""Which layer to repair where a scan is not sure: the one whose short repair does most.
+"""Which layer to repair where a scan names none: the one whose short repair does most.
 
 A scan judges layers by the images as they are. Where a shortcut is right in nearly all of them, or
 costs little among other errors, they hardly show which layer obeys it; counterfactual ones, which

@@ -64,8 +64,7 @@ AnyLayerOption = Annotated[
     str | None,
     typer.Option(
         help="Module path or alias; auto: of those that the scan blames the one whose short repair "
-        "does most. By default the flagged layer, or auto where a scan names several and there are "
-        "masks.",
+        "does most. By default the flagged layer.",
         metavar="LAYER|auto",
     ),
 ]

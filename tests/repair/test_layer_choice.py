@@ -1,9 +1,8 @@
-"""Which layer is repaired where the scan names several: the one whose short repair does most."""
+"""The layer that `auto` asks for: the one whose short repair does most."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +51,9 @@ def spread(make_run: MakeRun) -> MakeRun:
     return make
 
 
-def test_with_masks_several_named_layers_are_tried_as_repairs_of_them_begin(
-    spread: MakeRun, masks: Path
-) -> None:
-    repaired = repair_layer(spread(), CONFIG, RepairRequest(masks=masks, choose=ALL))
+def test_layers_are_tried_as_repairs_of_them_begin(spread: MakeRun, masks: Path) -> None:
+    request = RepairRequest(layer="auto", masks=masks, choose=ALL)
+    repaired = repair_layer(spread(), CONFIG, request)
     tried = repaired.info["layers_tried"]
     assert list(tried) == list(NAMED)
     assert repaired.layer == min(tried, key=tried.__getitem__)
@@ -74,14 +72,8 @@ def test_with_masks_several_named_layers_are_tried_as_repairs_of_them_begin(
     assert not [s for s in material_sentences(by_name.info) if "blames" in s]
 
 
-def test_without_masks_the_flagged_layer_is_repaired(spread: MakeRun) -> None:
-    repaired = repair_layer(spread(), CONFIG, RepairRequest(choose=ALL))
-    assert repaired.layer == "predictions" and "layers_tried" not in repaired.info
-
-
-def test_a_stated_loss_leaves_the_flagged_layer(spread: MakeRun, masks: Path) -> None:
-    request = RepairRequest(masks=masks, choose=ALL - {"loss"})
-    repaired = repair_layer(spread(), replace(CONFIG, loss="ce"), request)
+def test_unless_asked_the_flagged_layer_is_repaired(spread: MakeRun, masks: Path) -> None:
+    repaired = repair_layer(spread(), CONFIG, RepairRequest(masks=masks, choose=ALL))
     assert repaired.layer == "predictions" and "layers_tried" not in repaired.info
 
 
