@@ -189,18 +189,14 @@ TUNED_MASKS = {
             "ce, counterfactuals, tempered",
             "chosen ce, counterfactuals, tempered",
             "energy, counterfactuals",
+            "planted ce, counterfactuals, tempered",
+            "planted energy, counterfactuals",
         )
     },
-    **{
-        f"planted {loss}, counterfactuals{end}": Method(
-            place="planted",
-            config=_settings(loss=loss, temperature=temperature),
-            changed=True,
-            masked=True,
-        )
-        for loss in ("ce", "energy")
-        for end, temperature in (("", 1.0), (", tempered", AUTO))
-    },
+    "planted ce, counterfactuals": Method(place="planted", config=CE, changed=True),
+    "planted energy, counterfactuals, tempered": Method(
+        place="planted", config=replace(TEMPERED, loss="energy"), changed=True
+    ),
 }
 TUNED = {
     f"{place} {loss}, {share:.1f}": Method(

@@ -17,6 +17,7 @@ from audit.images import ImageFolder, load_pixels, open_image_folder
 from audit.networks import ModelCard, Network, open_network, write_card
 from audit.networks.small_vgg import ARCHITECTURE, SmallVGG
 from audit.runs import RepairFolder, Run, open_repair, open_run, start_run
+from repair.cache import CacheKind, CrossingTensors, cross_tensors
 from repair.config import RepairConfig
 from repair.decision import Predictions
 from repair.export import Exported, ExportRequest, export_network
@@ -28,6 +29,7 @@ DAMAGED = "block2_conv1"
 SIDE = 24
 CONFIG = RepairConfig(epochs=4, learning_rate=0.02, controls=("ce",))
 WIDTHS, CONVOLUTIONS = (6, 8, 10), (1, 1, 2)
+Crossed = Callable[..., CrossingTensors]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -221,6 +223,23 @@ def write_run(
     run.write_verdict({"verdict": verdict, "layers": layers, "reasons": []})
     run.finish()
     return run
+
+
+@pytest.fixture
+def crossed(network: Network, folder: ImageFolder) -> Crossed:
+    """Return what makes of a split what crosses the cut of the damaged layer."""
+
+    def cross(split: str, kind: CacheKind = "memory") -> CrossingTensors:
+        return cross_tensors(
+            network,
+            network.program.split(DAMAGED),
+            folder,
+            folder.positions(split),  # type: ignore[arg-type]
+            budget_bytes=0,
+            kind=kind,
+        )
+
+    return cross
 
 
 def whole_network_predictions(

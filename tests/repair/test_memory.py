@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from audit.images import ImageFolder
 from audit.networks import Network, Split
 from repair import training
-from repair.cache import CrossingTensors, cross_tensors
+from repair.cache import CrossingTensors
 from repair.config import RepairConfig
 from repair.training import predict, train_layer
 
@@ -29,21 +28,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shuffled maps": {"loss": "trust", "shuffled": True},
     "weighed classes": {"loss": "trust", "class_weights": torch.tensor([0.2, 1.0, 3.0])},
 }
-
-
-@pytest.fixture
-def crossed(network: Network, folder: ImageFolder) -> Callable[[str], CrossingTensors]:
-    def cross(split: str) -> CrossingTensors:
-        return cross_tensors(
-            network,
-            network.program.split(DAMAGED),
-            folder,
-            folder.positions(split),  # type: ignore[arg-type]
-            budget_bytes=0,
-            kind="memory",
-        )
-
-    return cross
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:

@@ -20,14 +20,16 @@ from audit.images import ImageFolder
 from audit.networks import Network
 from audit.report import material_sentences
 from audit.runs import Run
-from repair.cache import CacheKind, CrossingBatch, CrossingTensors, cross_tensors
+from repair.cache import CrossingBatch
 from repair.cli import app
 from repair.config import RepairConfig
 from repair.layer import RepairRequest, repair_layer
+from repair.summary import repair_summary
+from repair.teaching import own_answers
 from repair.temperature import LARGEST, fit_temperature
 from repair.training import loss_terms, predict, train_layer
 
-from .conftest import DAMAGED
+from .conftest import DAMAGED, Crossed
 from .test_rates import console_text
 
 MakeRun = Callable[..., Run]
@@ -59,6 +61,7 @@ class Said:
 
 def fitted(logits: Tensor, labels: Tensor) -> float:
     said = Said(logits, labels)
+    # Of a network and of images it needs no more than these have.
     return fit_temperature(said, said)  # type: ignore[arg-type]
 
 
@@ -77,7 +80,7 @@ def test_it_is_that_of_scikit_learn() -> None:
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.frozen import FrozenEstimator
 
-    class Given(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    class Given(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
         classes_ = np.arange(5)
 
         def fit(self, logits: np.ndarray, labels: np.ndarray) -> Given:
@@ -113,21 +116,9 @@ def test_a_network_that_is_not_too_sure_is_left_as_it_is() -> None:
     assert fitted(torch.tensor([[torch.inf, 0.0]]), torch.tensor([1])) == 1
 
 
-def crossed(network: Network, folder: ImageFolder, split: str) -> CrossingTensors:
-    kind: CacheKind = "memory"
-    return cross_tensors(
-        network,
-        network.program.split(DAMAGED),
-        folder,
-        folder.positions(split),  # type: ignore[arg-type]
-        budget_bytes=0,
-        kind=kind,
-    )
-
-
 @pytest.mark.parametrize("loss", ["trust", "ce"])
 def test_a_loss_by_a_temperature_is_that_of_a_network_with_divided_logits(
-    network: Network, folder: ImageFolder, loss: str
+    network: Network, crossed: Crossed, loss: str
 ) -> None:
     last = {
         name: value / 2.5
@@ -136,7 +127,7 @@ def test_a_loss_by_a_temperature_is_that_of_a_network_with_divided_logits(
     }
     assert len(last) == 2
     cooler = network.with_state(last)
-    given = [crossed(network, folder, split) for split in ("train", "val")]
+    given = [crossed(split) for split in ("train", "val")]
     config = replace(CONFIG, loss=loss, temperature=2.5)
     one = train_layer(network.program.split(DAMAGED), *given, config, loss=loss)
     cool = cooler.program.split(DAMAGED)
@@ -173,9 +164,9 @@ def test_a_repair_fits_it_and_has_a_control_without(make_run: MakeRun) -> None:
     rows = repaired.history
     as_they_are = rows[rows["role"] == "logits"]["val_ce"].tolist()
     assert as_they_are == plain.history["val_ce"].tolist()
-    told = console_text(repair.summary.repair_summary(repaired))
+    told = console_text(repair_summary(repaired))
     assert f"Logits were divided by {found:.3g} in the loss." in told
-    assert "Logits were" not in console_text(repair.summary.repair_summary(plain))
+    assert "Logits were" not in console_text(repair_summary(plain))
     assert [s for s in material_sentences(repaired.info) if f"divided logits by {found:.3g}" in s]
     assert not [s for s in material_sentences(plain.info) if "logits" in s]
 
@@ -214,15 +205,12 @@ def test_a_temperature_that_is_none_is_refused(given: str) -> None:
     assert "--temperature is" in str(result.exception)
 
 
-def test_own_answers_are_asked_at_the_temperature(
-    network: Network, folder: ImageFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from repair import teaching
-
+def test_own_answers_are_asked_at_the_temperature(network: Network, folder: ImageFolder) -> None:
     train = folder.positions("train")
+    # Guidance that hides nothing: all images are asked about as they are.
     guidance = SimpleNamespace(artefact=None, masks=SimpleNamespace(among=lambda _: []))
     answers = [
-        teaching.own_answers(network, folder, train, guidance, divisor=divisor)  # type: ignore[arg-type]
+        own_answers(network, folder, train, guidance, divisor=divisor)  # type: ignore[arg-type]
         for divisor in (1.0, 3.0)
     ]
     rows = torch.tensor(train)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,25 +16,9 @@ from repair.cache import CacheKind, CrossingTensors, cross_tensors, crossing_byt
 from repair.config import RepairConfig
 from repair.training import Trained, predict, train_layer
 
-from .conftest import DAMAGED, whole_network_predictions
+from .conftest import DAMAGED, Crossed, whole_network_predictions
 
 CONFIG = RepairConfig(epochs=3, learning_rate=0.05)
-Crossed = Callable[[str, CacheKind], CrossingTensors]
-
-
-@pytest.fixture
-def crossed(network: Network, folder: ImageFolder) -> Crossed:
-    def cross(split: str, kind: CacheKind = "memory") -> CrossingTensors:
-        return cross_tensors(
-            network,
-            network.program.split(DAMAGED),
-            folder,
-            folder.positions(split),  # type: ignore[arg-type]
-            budget_bytes=0,
-            kind=kind,
-        )
-
-    return cross
 
 
 def train(
